@@ -1,0 +1,512 @@
+"""One execution of a node, one run of a pipeline: the state between start and end, and the handle users hold."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from types import TracebackType
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+
+from opentelemetry import context as otel_context
+from opentelemetry import trace
+from opentelemetry.trace import Span, SpanContext, Status, StatusCode, TraceFlags
+from typing_extensions import Self
+
+from otel_odibi import lineage, names
+from otel_odibi.clean import clean_name, error_type
+from otel_odibi.facts import CacheLookup, Edge, Failure, NodeFinished, NodeRetried, NodeStarted, RunFinished, RunStarted
+from otel_odibi.names import CANCELLED, FAILURE, SKIPPED, SUCCESS, Outcome
+from otel_odibi.runtime import Runtime
+
+MAX_REMEMBERED_NODES: Final = 10_000
+"""Node names a run remembers for `depends_on`; the oldest are forgotten first."""
+
+current: ContextVar[Call | None] = ContextVar("otel_odibi_current", default=None)
+"""The innermost run or node under way in this thread or task."""
+
+P = ParamSpec("P")
+C = TypeVar("C", bound="Call")
+
+
+def harmless(method: Callable[Concatenate[C, P], None]) -> Callable[Concatenate[C, P], None]:
+    """Make a method of a call do nothing where nothing is recorded, and report what it raises instead of raising."""
+
+    @functools.wraps(method)
+    def guarded(self: C, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        rt = self._rt
+        if rt is None:
+            return
+        try:
+            method(self, *args, **kwargs)
+        except Exception as exc:  # noqa: BLE001 - telemetry never harms
+            rt.on_error(method.__name__, exc)
+
+    return guarded
+
+
+class Call:
+    """What a run and a node share: a span made current, a start, an end. False where nothing is recorded."""
+
+    __slots__ = ("_attributes", "_began", "_outer", "_rt", "_saved", "_tokens", "name", "run", "scope", "span")
+
+    def __init__(self, name: str, scope: Any, run: Run | None, rt: Runtime | None, span: Span) -> None:
+        self.name = name
+        self.scope = scope
+        self.run = run
+        self.span = span
+        self._rt = rt
+        self._began = 0
+        self._attributes: dict[str, Any] | None = None
+        self._outer: Call | None = None
+        self._tokens: tuple[Any, Any] | None = None
+        self._saved: tuple[Any, Any] | None = None
+
+    def __bool__(self) -> bool:
+        return self._rt is not None
+
+    @property
+    def trace_id(self) -> str:
+        """Trace id in lower-case hex; zeros where nothing is recorded."""
+        return trace.format_trace_id(self.span.get_span_context().trace_id)
+
+    @harmless
+    def set(self, /, **attributes: Any) -> None:
+        """Put attributes on the span and, as `metadata`, on the closing log line. Secrets are redacted; never raises."""
+        clean = self._clean(attributes)
+        self._attributes = {**(self._attributes or {}), **clean}
+        self.span.set_attributes(clean)
+
+    @harmless
+    def event(self, /, name: str, **attributes: Any) -> None:
+        """Add an event to the span. Secrets are redacted. Never raises."""
+        self.span.add_event(clean_name(name), self._clean(attributes), self._live.clock())
+
+    @property
+    def _live(self) -> Runtime:
+        assert self._rt is not None  # noqa: S101 - for the type checker; callers have looked
+        return self._rt
+
+    def _clean(self, attributes: dict[str, Any]) -> dict[str, Any]:
+        clean = self._live.cleaner.attribute
+        return {clean_name(key): clean(key, value) for key, value in attributes.items()}
+
+    def enter(self) -> None:
+        """Make this call current, and its span where there is one."""
+        self._outer = current.get()
+        attached = None if self._rt is None else otel_context.attach(trace.set_span_in_context(self.span))
+        self._tokens = (current.set(self), attached)
+
+    def leave(self) -> None:
+        """Give back what was current before, where that is possible."""
+        tokens, self._tokens = self._tokens, None
+        if tokens is None:
+            return
+        inner = current.get()
+        while inner is not self:
+            if inner is None:
+                return  # ended after its caller had, as an abandoned generator may: what is current is another's
+            inner = inner._outer
+        try:
+            current.reset(tokens[0])
+        except ValueError:
+            return  # ended in another context than it began in, where neither variable was set
+        if tokens[1] is not None:
+            otel_context.detach(tokens[1])
+
+    def suspend(self) -> None:
+        """Give the caller its own context back while a generator waits, keeping what is current inside it."""
+        if self._rt is not None:
+            self._saved = (current.get(), otel_context.get_current())
+            self.leave()
+
+    def resume(self) -> None:
+        """Make current again what was current inside when it was suspended."""
+        saved, self._saved = self._saved, None
+        if saved is not None:
+            self._tokens = (current.set(saved[0]), otel_context.attach(saved[1]))
+
+    def abandon(self) -> None:
+        """End the call if it is suspended, and nobody is left who could resume it."""
+        if self._saved is not None:
+            self.finish(GeneratorExit())
+
+    def yielded(self, item: object) -> None:
+        """Take note of an item of a generator."""
+
+    def finish(self, exc: BaseException | None = None, result: object = None) -> None:
+        """End the call: measure, tell the listeners, end the span, stop being current. Never raises."""
+        rt = self._rt
+        try:
+            if rt is not None:
+                self._end(rt, exc, result)
+        except Exception as error:  # noqa: BLE001 - telemetry never harms
+            self._live.on_error("finish", error)
+        finally:
+            self.leave()
+
+    def _end(self, rt: Runtime, exc: BaseException | None, result: object) -> None:
+        raise NotImplementedError
+
+
+def record_outcome(
+    rt: Runtime, span: Span, exc: BaseException | None, outcome: Outcome, end: int
+) -> Failure | None:
+    """Put how a call ended on its span: all of a failure, the type alone of what cancelled it.
+
+    A failure is status, `error.type`, and an `exception` event with texts redacted.
+    Source: OpenTelemetry semantic conventions, Recording errors, Exceptions.
+    """
+    if exc is None or outcome == SUCCESS:
+        return None
+    if outcome == CANCELLED:
+        span.set_attribute(names.ERROR_TYPE, error_type(exc))
+        return Failure(error_type(exc), "", "")
+    failure = rt.cleaner.failure(exc)
+    span.set_status(Status(StatusCode.ERROR, failure.message))
+    span.set_attribute(names.ERROR_TYPE, failure.type)
+    event = {
+        names.EXCEPTION_TYPE: failure.type,
+        names.EXCEPTION_MESSAGE: failure.message,
+        names.EXCEPTION_STACKTRACE: failure.stacktrace,
+    }
+    span.add_event("exception", event, end)
+    return failure
+
+
+def outcome_of(exc: BaseException | None) -> Outcome:
+    """Name how a call ended: an exit with code 0 is a success, a cancellation or an interrupt is `cancelled`."""
+    if exc is None:
+        return SUCCESS
+    if isinstance(exc, Exception):
+        return FAILURE
+    if isinstance(exc, SystemExit):
+        return SUCCESS if exc.code is None or (isinstance(exc.code, int) and exc.code == 0) else FAILURE
+    if isinstance(exc, (GeneratorExit, KeyboardInterrupt)) or type(exc).__name__ in ("CancelledError", "Cancelled"):
+        return CANCELLED  # by name: importing asyncio costs, and trio has its own
+    return FAILURE
+
+
+class Run(Call):
+    """One run of a pipeline: what `with pipeline(...) as run` gives. Safe to use from several threads.
+
+    Attributes: `name`, `run_id` (hex text), `span` (the OpenTelemetry span), `trace_id` (hex text).
+    """
+
+    __slots__ = ("_counts", "_last", "_lock", "_started", "node_attributes", "run_id")
+
+    def __init__(self, name: str, run_id: str, scope: Any, rt: Runtime | None, span: Span) -> None:
+        super().__init__(name, scope, self, rt, span)
+        self.run_id = run_id
+        self.node_attributes = {names.PIPELINE_NAME: name, names.PIPELINE_RUN_ID: run_id}
+        self._lock = threading.Lock()
+        self._counts = {SUCCESS: 0, FAILURE: 0}
+        self._last: dict[str, Edge] = {}
+        self._started: RunStarted | None = None
+
+    def begin(self, started: RunStarted, began: int) -> None:
+        """Become current and say so."""
+        self._started, self._began = started, began
+        self.enter()
+        self._live.emit(started)
+
+    @harmless
+    def skip(self, node: str, reason: str = "", *, layer: str = "", engine: str = "") -> None:
+        """Report a node of this run that was not run: a span and a log line with outcome `skipped`. Never raises."""
+        tokens = current.set(self), otel_context.attach(trace.set_span_in_context(self.span))
+        try:
+            self.scope.skip(node, reason, layer, engine)
+        finally:
+            otel_context.detach(tokens[1])
+            current.reset(tokens[0])
+
+    def last(self, node: str) -> Edge:
+        """Return the edge from a node's last execution in this run; one without a span where there was none."""
+        return self._last.get(node) or Edge(node, 0, 0)
+
+    def node_finished(self, outcome: Outcome, edge: Edge) -> None:
+        """Count a node's execution and remember its span."""
+        with self._lock:
+            if outcome in self._counts:
+                self._counts[outcome] += 1
+            self._last.pop(edge.node, None)
+            self._last[edge.node] = edge
+            if len(self._last) > MAX_REMEMBERED_NODES:
+                del self._last[next(iter(self._last))]
+
+    def _end(self, rt: Runtime, exc: BaseException | None, result: object) -> None:
+        started = self._started
+        if started is None:
+            return
+        duration = rt.tick() - self._began
+        end = started.time_unix_nano + duration
+        outcome = outcome_of(exc)
+        failure = record_outcome(rt, self.span, exc, outcome, end)
+        self.span.set_attribute(names.PIPELINE_OUTCOME, outcome)
+        success, failed = self._counts[SUCCESS], self._counts[FAILURE]
+        rt.emit(RunFinished(started, end, duration, outcome, success, failed, failure, self._attributes))
+        self.span.end(end)
+
+
+class Node(Call):
+    """One execution of a node: what `with node(...) as n` and `current_node()` give. For use by that execution.
+
+    Attributes: `name`, `layer`, `engine`, `run` (its `Run`, or None), `span`, `trace_id`.
+    """
+
+    __slots__ = (
+        "_attempts", "_cache_hit", "_edges", "_last_failure", "_rows_in", "_size", "_skipped", "_started",
+        "engine", "layer",
+    )  # fmt: skip
+
+    def __init__(
+        self, name: str, layer: str, engine: str, scope: Any, run: Run | None, rt: Runtime | None, span: Span
+    ) -> None:
+        super().__init__(name, scope, run, rt, span)
+        self.layer = layer
+        self.engine = engine
+        self._started: NodeStarted | None = None
+        self._rows_in: int | None = None
+        self._edges: tuple[Edge, ...] = ()
+        self._size = lineage.NOTHING
+        self._cache_hit: bool | None = None
+        self._attempts = 0
+        self._last_failure: Failure | None = None
+        self._skipped: str | None = None
+
+    def begin(self, started: NodeStarted, began: int) -> None:
+        """Become current and say so: the start line is written before the user's code runs."""
+        self._started, self._began = started, began
+        self._rows_in, self._edges = started.rows_in, started.edges
+        self.enter()
+        self._live.emit(started)
+
+    @harmless
+    def output(self, value: object = None, *, rows: int | None = None, bytes: int | None = None) -> None:  # noqa: A002
+        """Measure a result: rows, bytes and column names, never the cells; and remember who produced it.
+
+        `rows` and `bytes` state what cannot be measured. Several outputs add up. Never raises.
+        """
+        found = self._measured(value)
+        if rows is not None or bytes is not None:
+            found = found._replace(
+                rows=found.rows if rows is None else rows, bytes=found.bytes if bytes is None else bytes
+            )
+        self._add(found)
+        self._track(value)
+
+    def _measured(self, value: object) -> lineage.Size:
+        rt = self._live
+        try:
+            return lineage.measure(value) if rt.measure else lineage.NOTHING
+        except Exception as exc:  # noqa: BLE001 - telemetry never harms
+            rt.on_error("measure", exc)
+            return lineage.NOTHING
+
+    def _add(self, size: lineage.Size) -> None:
+        self._size = size if self._size == lineage.NOTHING else _total(self._size, size)
+
+    def _track(self, value: object) -> None:
+        rt, started = self._live, self._started
+        if not rt.measure or started is None:
+            return
+        try:
+            lineage.track(value, Edge(self.name, started.trace_id, started.span_id))
+        except Exception as exc:  # noqa: BLE001 - telemetry never harms
+            rt.on_error("track", exc)
+
+    @harmless
+    def input(self, value: object = None, *, rows: int | None = None) -> None:
+        """Count an input that is no argument: its rows, and an edge from the node that produced it. Never raises."""
+        measured, edges = inputs_of(self._live, (value,), {})
+        self._rows_in = _sum(self._rows_in, measured if rows is None else rows)
+        for edge in edges:
+            if edge not in self._edges:
+                self._edges = (*self._edges, edge)
+                self.span.add_link(span_context(edge))
+
+    @harmless
+    def cache(self, hit: bool, key: object = None) -> None:
+        """Declare a cache lookup and its result. `key` goes to the log line. Never raises."""
+        self._cache_hit = bool(hit)
+        if self._started is not None:
+            key_text = None if key is None else clean_name(key)
+            self._live.emit(CacheLookup(self._started, self._cache_hit, key_text, self._live.clock()))
+
+    @harmless
+    def skip(self, reason: str = "") -> None:
+        """Give this execution the outcome `skipped`, unless it raises. It then records no duration. Never raises."""
+        self._skipped = clean_name(reason)
+
+    def attempt(self) -> Attempt:
+        """Return a context manager around one attempt of a retried node. Works inside any retry library.
+
+        A first attempt that succeeds leaves no span; once it fails, every attempt is a child span `attempt {n}`.
+        """
+        return Attempt(self)
+
+    @harmless
+    def yielded(self, item: object) -> None:
+        """Count an item of a generator: the rows of a table, else one row."""
+        size = self._measured(item)
+        if size.rows is None or size.bytes is None:  # a record or a scalar, not a table
+            self._add(_ONE_ROW)
+        else:
+            self._add(size)
+            self._track(item)
+
+    def _end(self, rt: Runtime, exc: BaseException | None, result: object) -> None:
+        started = self._started
+        if started is None:
+            return
+        if result is not None:
+            if self._size == lineage.NOTHING:  # else `output` has told already, and it may have been of this very value
+                self._size = self._measured(result)
+            self._track(result)
+        duration = rt.tick() - self._began
+        end = started.time_unix_nano + duration
+        outcome = outcome_of(exc)
+        if self._skipped is not None and exc is None:
+            outcome = SKIPPED
+        failure = None if exc is None else record_outcome(rt, self.span, exc, outcome, end)
+        rows, size, columns = self._size
+        fact = NodeFinished(
+            started, end, duration, outcome, self._attempts or 1, self._rows_in, rows, size, columns, self._cache_hit,
+            rt.read_rss(), failure, self._edges, self._attributes,
+        )  # fmt: skip
+        self.span.set_attributes(_closing_attributes(fact, self._skipped))
+        if self.run is not None:
+            self.run.node_finished(outcome, Edge(self.name, started.trace_id, started.span_id))
+        rt.emit(fact)
+        self.span.end(end)
+
+
+def _closing_attributes(fact: NodeFinished, skipped: str | None) -> dict[str, Any]:
+    attributes: dict[str, Any] = {names.NODE_OUTCOME: fact.outcome, names.NODE_ATTEMPT: fact.attempt}
+    if fact.rss is not None:
+        attributes[names.NODE_MEMORY_RSS] = fact.rss
+    if fact.rows_in is not None:
+        attributes[names.NODE_ROWS_IN] = fact.rows_in
+    if fact.rows_out is not None:
+        attributes[names.NODE_ROWS_OUT] = fact.rows_out
+    if fact.bytes_out is not None:
+        attributes[names.NODE_BYTES_OUT] = fact.bytes_out
+    if fact.columns is not None:
+        attributes[names.NODE_COLUMNS] = fact.columns
+    if fact.cache_hit is not None:
+        attributes[names.NODE_CACHE_HIT] = fact.cache_hit
+    if fact.edges:
+        attributes[names.NODE_DEPENDS_ON] = tuple(dict.fromkeys(edge.node for edge in fact.edges))
+    if skipped:
+        attributes[names.NODE_SKIP_REASON] = skipped
+    return attributes
+
+
+_ONE_ROW: Final = lineage.Size(1, None, None)
+
+
+def inputs_of(
+    rt: Runtime, args: Sequence[object], kwargs: Mapping[str, object]
+) -> tuple[int | None, tuple[Edge, ...]]:
+    """Return the rows of a node's inputs and the edges from their producers; nothing where measuring is off."""
+    if not rt.measure:
+        return None, ()
+    try:
+        return lineage.inputs(args, kwargs)
+    except Exception as exc:  # noqa: BLE001 - telemetry never harms
+        rt.on_error("inputs", exc)
+        return None, ()
+
+
+def _total(a: lineage.Size, b: lineage.Size) -> lineage.Size:
+    return lineage.Size(_sum(a.rows, b.rows), _sum(a.bytes, b.bytes), a.columns if a.columns == b.columns else None)
+
+
+def _sum(a: int | None, b: int | None) -> int | None:
+    return b if a is None else a if b is None else a + b
+
+
+def span_context(edge: Edge) -> SpanContext:
+    """Return the span context a link to this edge's producer points at."""
+    return SpanContext(edge.trace_id, edge.span_id, is_remote=False, trace_flags=TraceFlags(TraceFlags.SAMPLED))
+
+
+class Attempt:
+    """One attempt of a node; made by `Node.attempt()`. `number` counts from 1. Exceptions pass untouched."""
+
+    __slots__ = ("_began", "_node", "_span", "_start", "_token", "number")
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._span: Span | None = None
+        self._token: Any = None
+        self._start = self._began = 0
+        self.number = 0
+
+    def __enter__(self) -> Self:
+        node = self._node
+        if node is not NO_NODE:  # which all that is not recorded shares
+            node._attempts += 1
+        self.number = node._attempts
+        if node._rt is not None:
+            try:
+                self._open(node._rt)
+            except Exception as exc:  # noqa: BLE001 - telemetry never harms
+                node._rt.on_error("attempt", exc)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        rt = self._node._rt
+        if rt is not None:
+            try:
+                self._close(rt, exc)
+            except Exception as error:  # noqa: BLE001
+                rt.on_error("attempt", error)
+
+    def _open(self, rt: Runtime) -> None:
+        self._start, self._began = rt.clock(), rt.tick()
+        if self.number > 1 and self._node._started is not None:
+            rt.emit(NodeRetried(self._node._started, self.number, self._start, self._node._last_failure))
+            self._span = self._start_span(rt)
+            self._token = otel_context.attach(trace.set_span_in_context(self._span))
+
+    def _start_span(self, rt: Runtime) -> Span:
+        attributes: dict[str, str | int] = {names.NODE_NAME: self._node.name, names.NODE_ATTEMPT: self.number}
+        span_name = names.ATTEMPT_SPAN.format(number=self.number)
+        return rt.tracer.start_span(span_name, attributes=attributes, start_time=self._start)
+
+    def _close(self, rt: Runtime, exc: BaseException | None) -> None:
+        if self._token is not None:
+            otel_context.detach(self._token)
+        end = self._start + rt.tick() - self._began
+        outcome = outcome_of(exc)
+        if self._span is None and outcome == FAILURE:
+            self._span = self._start_span(rt)  # the first attempt gets its span only now that there may be a second
+        if self._span is not None:
+            self._span.set_attribute(names.NODE_OUTCOME, outcome)
+            self._node._last_failure = record_outcome(rt, self._span, exc, outcome, end)
+            self._span.end(end)
+
+
+NO_RUN: Final = Run("", "", None, None, trace.INVALID_SPAN)
+NO_NODE: Final = Node("", "", "", None, None, None, trace.INVALID_SPAN)
+NO_NODE._attempts = 1
+
+
+def current_node() -> Node:
+    """Return the node that runs here, in this thread or task; a falsy one, whose methods do nothing, where none does.
+
+    Never raises.
+    """
+    call = current.get()
+    return call if isinstance(call, Node) else NO_NODE
+
+
+def current_pipeline() -> Run:
+    """Return the innermost run under way here; a falsy one, whose methods do nothing, where there is none.
+
+    Never raises.
+    """
+    call = current.get()
+    return NO_RUN if call is None or call.run is None else call.run

@@ -1,0 +1,185 @@
+"""The Prometheus endpoint: a metric reader that collects when it is scraped, over HTTP, in text or OpenMetrics.
+
+The official reader (opentelemetry-exporter-prometheus) is not subclassed: it keeps what it was given in a queue of its
+own collector, which is the part to replace, and registers with the process-wide registry. See `translate` for the rest.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import socketserver
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from socket import AF_INET, AF_INET6
+from typing import Any, Final
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+from opentelemetry.sdk.environment_variables import OTEL_EXPORTER_PROMETHEUS_HOST, OTEL_EXPORTER_PROMETHEUS_PORT
+from opentelemetry.sdk.metrics.export import MetricReader, MetricsData
+from prometheus_client import make_wsgi_app
+from prometheus_client.core import Metric
+
+from otel_odibi.errors import SettingError
+from otel_odibi.exporters.families import Losses, Source, expose, follow_forks
+from otel_odibi.exporters.translate import families
+
+__all__ = ["PrometheusReader", "expose", "families"]
+
+PATH: Final = "/metrics"
+_TEXT: Final = ("Content-Type", "text/plain; charset=utf-8")
+
+
+class PrometheusReader(MetricReader):
+    """Serves the metrics of a MeterProvider on `url`, for Prometheus to scrape. Thread-safe.
+
+    `host` is OTEL_EXPORTER_PROMETHEUS_HOST by default, else 127.0.0.1; `port` is OTEL_EXPORTER_PROMETHEUS_PORT, else
+    9464; port 0 takes a free one. Clients that ask for OpenMetrics get exemplars. A scrape takes at most `timeout`
+    seconds: one that fails, or hangs in somebody's callback, is answered with 503; scrapes at the same time share one
+    collection. `on_drop(reason, count)` is told what was left out. A forked child serves nothing: its parent goes on.
+
+    Raises `SettingError` where it cannot listen there.
+    """
+
+    def __init__(
+        self,
+        host: str | None = None,
+        port: int | None = None,
+        *,
+        timeout: float = 10.0,
+        on_drop: Callable[[str, int], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self._timeout = timeout
+        self._losses = Losses(on_drop)
+        self._latest: MetricsData | None = None
+        self._lock = threading.Lock()
+        self._scrape: Future[list[Metric]] | None = None
+        self._write = make_wsgi_app(Source(self._families))
+        self._server: _Server | None = _listen(host, port)
+        self._server.set_app(self._app)
+        self.url = f"http://{_reachable(self._server)}:{self._server.server_port}{PATH}"
+        # Polled often, as shutdown waits for the next poll.
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.1,), name="otel_odibi-prometheus", daemon=True
+        )
+        self._thread.start()
+        follow_forks(self._forked)
+
+    def shutdown(self, timeout_millis: float = 30_000, **kwargs: Any) -> None:
+        """Close the port and end the thread. Idempotent; never raises."""
+        with self._lock:
+            server, self._server = self._server, None
+        if server is not None:
+            server.shutdown()
+            server.server_close()
+            self._thread.join(timeout_millis / 1000)
+
+    def _receive_metrics(self, metrics_data: MetricsData, timeout_millis: float = 10_000, **kwargs: Any) -> None:
+        self._latest = metrics_data
+
+    def _forked(self) -> None:
+        """Let go of the parent's socket: left open here, it would outlive the parent and keep the port."""
+        self._lock = threading.Lock()
+        server, self._server = self._server, None
+        if server is not None:
+            server.socket.close()
+
+    def _app(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if environ.get("PATH_INFO") != PATH:
+            start_response("404 Not Found", [_TEXT])
+            return [f"the metrics are at {PATH}\n".encode()]
+        environ["QUERY_STRING"] = ""  # name[]=... needs a registry that knows its names before it collects
+        try:
+            return self._write(environ, start_response)  # type: ignore[no-any-return]
+        except Exception as exc:  # noqa: BLE001 - callbacks and views are other people's
+            problem = f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
+            self._losses("scrape_failed", problem[:500], 1)
+            start_response("503 Service Unavailable", [_TEXT])
+            return [f"metrics could not be collected: {problem[:500]}\n".encode(errors="replace")]
+
+    def _families(self) -> list[Metric]:
+        """Return what is collected now, in a thread of its own: only so can a scrape end while a callback does not."""
+        with self._lock:
+            scrape = self._scrape
+            if scrape is None or scrape.done():
+                scrape = self._scrape = Future()
+                threading.Thread(target=self._collect_into, args=(scrape,), daemon=True).start()
+        return scrape.result(self._timeout)
+
+    def _collect_into(self, scrape: Future[list[Metric]]) -> None:
+        try:
+            self._latest = None
+            self.collect(timeout_millis=self._timeout * 1000)
+            scrape.set_result([] if self._latest is None else families(self._latest, lose=self._losses))
+        except BaseException as exc:  # noqa: BLE001 - whoever waits must hear of it
+            scrape.set_exception(exc)
+
+
+class _Server(socketserver.ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+    allow_reuse_address = os.name == "posix"  # elsewhere it lets two servers have one port
+    allow_reuse_port = False
+
+    def server_bind(self) -> None:
+        """Bind without looking up the host's name, which may take seconds."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+        self.setup_environ()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a client that went away, or that sent nothing in time."""
+
+
+class _Server6(_Server):
+    address_family = AF_INET6
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = 10  # seconds for a client to send its request
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
+        """Log no access."""
+
+    def get_stderr(self) -> io.StringIO:
+        """Keep the server's own tracebacks from the console."""
+        return io.StringIO()
+
+
+def _listen(host: str | None, port: int | None) -> _Server:
+    """Return a server that listens. Raises `SettingError`, which names the argument or the variable that is wrong."""
+    host = host or os.environ.get(OTEL_EXPORTER_PROMETHEUS_HOST, "").strip() or "127.0.0.1"
+    name, number = _port(port)
+    try:
+        return (_Server6 if ":" in host else _Server)((host, number), _Handler)
+    except OSError as exc:
+        if exc.errno == errno.EADDRINUSE:
+            remedy = "stop what listens there, or give another port; 0 takes a free one"
+            raise SettingError(name, number, f"port {number} of {host} is in use", remedy) from None
+        if exc.errno == errno.EACCES:
+            raise SettingError(name, number, "not permitted", "give a port above 1023; 0 takes a free one") from None
+        remedy = "give an address of this machine, such as 127.0.0.1"
+        raise SettingError("prometheus_host", host, f"cannot listen there ({exc.strerror or exc})", remedy) from None
+
+
+def _port(given: int | None) -> tuple[str, int]:
+    """Return the port, and the name of the setting it is from. Raises `SettingError`."""
+    name = "prometheus_port" if given is not None else OTEL_EXPORTER_PROMETHEUS_PORT
+    value = given if given is not None else os.environ.get(name, "").strip() or 9464
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        number = -1
+    if not 0 <= number <= 65_535:
+        raise SettingError(name, value, "not a port", "give a number from 0 to 65535; 0 takes a free port")
+    return name, number
+
+
+def _reachable(server: _Server) -> str:
+    """Return the host to put into the URL: an address that stands for all is no address to call."""
+    host = server.server_name
+    if server.address_family == AF_INET:
+        return "127.0.0.1" if host in ("", "0.0.0.0") else host  # noqa: S104
+    return "[::1]" if host == "::" else f"[{host}]"

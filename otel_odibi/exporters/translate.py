@@ -1,0 +1,223 @@
+"""OpenTelemetry metrics as Prometheus families: names, labels, kinds and exemplars.
+
+Names and labels follow the OpenTelemetry specification, "Prometheus and OpenMetrics Compatibility", called the spec
+below; this package's own instruments have the names that `otel_odibi.names` gives them, and no scope labels.
+
+Of the official exporter (opentelemetry-exporter-prometheus) only the mapping of names and units is used. Its collector
+leaves exemplars out, fails the whole scrape on an exponential histogram, writes two lines for one series where labels
+collide once sanitised, and queues what it was given, so that one family may be yielded several times.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from typing import Any, Final
+
+from opentelemetry.exporter.prometheus._mapping import map_unit, sanitize_attribute, sanitize_full_name
+from opentelemetry.sdk.metrics import export as sdk
+from prometheus_client.core import Metric
+from prometheus_client.samples import Sample
+
+from otel_odibi import names
+from otel_odibi.clean import plain_text
+from otel_odibi.exporters.families import (
+    WITHIN,
+    Buckets,
+    Families,
+    Family,
+    Kind,
+    Labels,
+    Lose,
+    Losses,
+    Measured,
+    Series,
+    merge,
+)
+
+EXEMPLAR_LIMIT: Final = 128
+"""Longest label set of an exemplar, in characters. Source: OpenMetrics 1.0, Exemplars."""
+BUCKET_LIMIT: Final = 160
+"""Most buckets of an exponential histogram that get bounds of their own; of more, neighbours are put together."""
+
+_OWN: Final = {(i.name, i.kind.replace("updowncounter", "updown")): i for i in names.INSTRUMENTS}
+_LOSSES: Final = Losses()
+
+
+def families(data: sdk.MetricsData, *, target_info: bool = True, lose: Lose = _LOSSES) -> list[Metric]:
+    """Return `data`, cumulative metrics, as the families that prometheus_client's writers take. Never raises.
+
+    With `target_info` the attributes of the resource come first, as the family `target`. What cannot be shown (delta
+    temporality, a name that a metric of another type has) is left out and goes to `lose`: by default, one warning.
+    """
+    found = translate(data, lose)
+    metrics = [family.metric() for family in found.values()]
+    attributes = next((r.resource.attributes for r in data.resource_metrics if r.resource.attributes), None)
+    if not target_info or not attributes or found.keys() & {"target", "target_info"}:
+        return metrics
+    target = Metric("target", "Target metadata", "info")
+    target.samples.append(Sample("target_info", dict(_labels(attributes)), 1.0))
+    return [target, *metrics]
+
+
+def translate(data: sdk.MetricsData, lose: Lose) -> Families:
+    """Return what `data` holds as families, without the resource. Never raises: what cannot be shown goes to `lose`."""
+    return merge([_families(data, lose)], WITHIN, lose)
+
+
+def _families(data: sdk.MetricsData, lose: Lose) -> Iterator[Family]:
+    for resource in data.resource_metrics:
+        for scope in resource.scope_metrics:
+            for metric in scope.metrics:
+                try:
+                    family = _family(metric, scope.scope, lose)
+                except Exception:  # noqa: BLE001 - made by hand, it may hold anything; the others must come through
+                    lose("unreadable", str(metric.name), 1)
+                    continue
+                if family.series:
+                    yield family
+
+
+def _family(metric: sdk.Metric, scope: Any, lose: Lose) -> Family:
+    kind = _kind(metric.data)
+    family, own = _named(metric, kind)
+    if getattr(metric.data, "aggregation_temporality", None) is sdk.AggregationTemporality.DELTA:
+        lose("delta_temporality", family.name, len(metric.data.data_points))
+        return family
+    about = {} if own else {"otel.scope.name": scope.name or "", "otel.scope.version": scope.version or ""}
+    for point in metric.data.data_points:
+        series = _series(kind, point)
+        if series is None:
+            lose("invalid_value", family.name, 1)
+            continue
+        labels = _labels({**about, **(point.attributes or {})}, reserved="le" if family.type == "histogram" else "")
+        known = family.series.get(labels)
+        family.series[labels] = series if known is None else WITHIN[family.kind](known, series)
+    return family
+
+
+def _kind(data: sdk.DataT) -> Kind:
+    if isinstance(data, sdk.Gauge):
+        return "gauge"
+    if isinstance(data, sdk.Sum):
+        return "counter" if data.is_monotonic else "updown"
+    return "histogram" if isinstance(data, sdk.Histogram) else "exponential"
+
+
+def _named(metric: sdk.Metric, kind: Kind) -> tuple[Family, bool]:
+    """Return the empty family of a metric, and whether it is of this package. Source: the spec, Metric Metadata."""
+    own = _OWN.get((metric.name, kind))
+    unit = map_unit(metric.unit or "")
+    name = own.prometheus if own else sanitize_full_name(metric.name) or "_"
+    if kind == "counter":
+        name = name.removesuffix("_total") or "_"
+    if own is None and unit and not f"_{name}".endswith(f"_{unit}"):
+        name = f"{name}_{unit}"
+    if kind == "gauge" and name.endswith("_timestamp_seconds"):
+        kind = "peak"
+    return Family(name, kind, plain_text(metric.description or ""), unit), own is not None
+
+
+def _series(kind: Kind, point: Any) -> Series | None:
+    """Return a data point as a series, None where its value is none that Prometheus takes."""
+    value: float | Buckets
+    if kind == "histogram":
+        value = _buckets(zip(point.explicit_bounds, point.bucket_counts, strict=False), point)
+    elif kind == "exponential":
+        value = _buckets(_exponential(point), point)
+    else:
+        value = _number(point.value)
+        if kind == "counter" and not value >= 0:  # NaN neither
+            return None
+    exemplars = filter(None, map(_measured, point.exemplars or ()))
+    return Series(value, point.start_time_unix_nano or 0, tuple(exemplars))
+
+
+def _buckets(counted: Iterable[tuple[float, int]], point: Any) -> Buckets:
+    """Make a histogram of counts by upper bound; they may be in any order, and name a bound twice."""
+    reached: dict[float, float] = {}
+    total = 0.0
+    for bound, count in sorted((bound + 0.0, count) for bound, count in counted if math.isfinite(bound)):  # no -0.0
+        total += count
+        reached[bound] = total
+    reached[math.inf] = max(total, float(point.count))
+    return Buckets(tuple(reached), tuple(reached.values()), math.nan if point.sum is None else _number(point.sum))
+
+
+def _exponential(point: Any) -> Iterator[tuple[float, int]]:
+    """Yield both bounds of each bucket that holds something, with its count at the upper; see `BUCKET_LIMIT`."""
+    scale = point.scale
+    above, below = _populated(point.positive), _populated(point.negative)
+    while len(above) + len(below) > BUCKET_LIMIT:
+        scale, above, below = scale - 1, _halved(above), _halved(below)
+    for index, count in above.items():
+        yield _power(index, scale), 0
+        yield _power(index + 1, scale), count
+    for index, count in below.items():
+        yield -_power(index + 1, scale), 0
+        yield -_power(index, scale), count
+    if point.zero_count:
+        yield 0.0, point.zero_count
+
+
+def _populated(buckets: Any) -> dict[int, int]:
+    return {buckets.offset + place: count for place, count in enumerate(buckets.bucket_counts) if count}
+
+
+def _halved(buckets: dict[int, int]) -> dict[int, int]:
+    halved: Counter[int] = Counter()
+    for index, count in buckets.items():
+        halved[index >> 1] += count
+    return halved
+
+
+def _power(index: int, scale: int) -> float:
+    """Return the lower bound of an exponential bucket. Source: metrics data model, Exponential Buckets."""
+    try:
+        return float(2.0 ** math.ldexp(index, -scale))
+    except OverflowError:
+        return math.inf if index > 0 else 0.0
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an integer beyond 1.8e308
+        return math.inf if value > 0 else -math.inf
+
+
+def _measured(exemplar: Any) -> Measured | None:
+    """Return an SDK exemplar for Prometheus, None where it tells nothing. Source: the spec, Exemplars."""
+    value = _number(exemplar.value)
+    ids = (("span_id", exemplar.span_id, 16), ("trace_id", exemplar.trace_id, 32))
+    labels = {key: f"{number:0{width}x}" for key, number, width in ids if number}
+    full = {**dict(_labels(exemplar.filtered_attributes or {})), **labels}
+    if sum(len(key) + len(text) for key, text in full.items()) <= EXEMPLAR_LIMIT:
+        labels = full
+    if not labels or math.isnan(value):
+        return None
+    return Measured(value, tuple(labels.items()), exemplar.time_unix_nano / 1e9 if exemplar.time_unix_nano else None)
+
+
+def _labels(attributes: Mapping[str, Any], *, reserved: str = "") -> Labels:
+    """Return attributes as labels: keys sanitised, values of keys that became one joined, in the order of the keys.
+
+    Empty values are left out: to Prometheus they are the same as none. Source: the spec, Metric Attributes.
+    """
+    labels: dict[str, str] = {}
+    for key in sorted(attributes):
+        label = _label(key)
+        if label == reserved:
+            label = f"exported_{label}"
+        value = attributes[key]
+        text = plain_text(value if type(value) is str else json.dumps(value, default=str, ensure_ascii=False))
+        labels[label] = f"{labels[label]};{text}" if label in labels else text
+    return tuple(sorted(pair for pair in labels.items() if pair[1]))
+
+
+@lru_cache(maxsize=4096)
+def _label(key: str) -> str:
+    return sanitize_attribute(key) or "_"

@@ -1,0 +1,368 @@
+"""JSON-lines logs: one flat object a line, correlated by trace id, secrets redacted.
+
+Lines of nodes and pipelines are built straight from facts (the structlog chain would cost 6 us a line); a user's own
+lines go through structlog. `structlog.configure` is the host's and is never called.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import TYPE_CHECKING, Any, Final
+
+import orjson
+from opentelemetry import trace
+
+from otel_odibi import names
+from otel_odibi.calls import Node, current
+from otel_odibi.clean import Cleaner, clean_name, to_json
+from otel_odibi.facts import CacheLookup, Edge, Failure, NodeFinished, NodeRetried, NodeStarted, RunFinished, RunStarted
+from otel_odibi.names import FAILURE, SUCCESS
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+Record = dict[str, Any]
+Output = Callable[[Record, bytes], None]
+
+LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
+_PROTECTED: Final = frozenset(
+    ("timestamp", "level", "message", "service", "pipeline", "run_id", "trace_id", "span_id", "parent_span_id")
+)
+"""Fields that a user's field of the same name must not replace; the user's gets a trailing underscore."""
+_STATUS: Final = {SUCCESS: "success", FAILURE: "failed"}
+_OWN_LOGGERS: Final = "otel_odibi"
+_ORDINARY: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+@functools.lru_cache(maxsize=4)
+def _second(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+
+
+def timestamp(unix_nano: int) -> str:
+    """Return the time as RFC 3339 text in UTC with microseconds."""
+    seconds, nanos = divmod(unix_nano, 1_000_000_000)
+    return f"{_second(seconds)}.{nanos // 1000:06d}Z"
+
+
+class LogWriter:
+    """Makes log records of facts and of users' calls and hands them to its outputs. Thread-safe; never raises.
+
+    An output takes the record and its line, one JSON object in UTF-8 with a newline.
+    """
+
+    def __init__(
+        self,
+        service: str,
+        outputs: tuple[Output, ...],
+        *,
+        level: str = "info",
+        cleaner: Cleaner,
+        clock: Callable[[], int] = time.time_ns,
+        on_error: Callable[[str, BaseException], None],
+    ) -> None:
+        self.service = service
+        self.level = LEVELS[level]
+        self.cleaner = cleaner
+        self._outputs = outputs
+        self._clock = clock
+        self._on_error = on_error
+
+    @property
+    def writes(self) -> bool:
+        """Whether there is any output."""
+        return bool(self._outputs)
+
+    def listeners(self) -> dict[type, Callable[[Any], None]]:
+        """Return which of the methods wants which fact."""
+        return {
+            RunStarted: self.run_started,
+            RunFinished: self.run_finished,
+            NodeStarted: self.node_started,
+            NodeFinished: self.node_finished,
+            CacheLookup: self.cache_looked_up,
+            NodeRetried: self.node_retried,
+        }
+
+    def write(self, record: Record) -> None:
+        """Write a record whose values are clean."""
+        try:
+            line = orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
+        except TypeError:
+            line = to_json(record) + b"\n"
+        for output in self._outputs:
+            try:
+                output(record, line)
+            except Exception as exc:  # noqa: BLE001 - telemetry never harms
+                self._on_error("log", exc)
+
+    def log(self, level: str, message: object, fields: Mapping[str, Any]) -> None:
+        """Write a user's line: its message and fields cleaned, and bound to what is current here. Never raises."""
+        if LEVELS.get(level, 20) < self.level:
+            return
+        try:
+            self.write(self._user_record(level, message, fields))
+        except Exception as exc:  # noqa: BLE001 - telemetry never harms
+            self._on_error("log", exc)
+
+    def _user_record(self, level: str, message: object, fields: Mapping[str, Any]) -> Record:
+        now = self._clock()
+        text = message if isinstance(message, str) else str(message)
+        record = self._head(now, level, names.LOG, self.cleaner.text(text))
+        call = current.get()
+        if call is not None and call.run is not None:
+            record["pipeline"] = call.run.name
+            record["run_id"] = call.run.run_id
+        if isinstance(call, Node):
+            record["node_name"] = call.name
+            for key, value in (("layer", call.layer), ("engine", call.engine)):
+                if value:
+                    record[key] = value
+        for key, value in fields.items():
+            name = clean_name(key)
+            record[f"{name}_" if name in _PROTECTED else name] = self.cleaner.value(value, name)
+        context = trace.get_current_span().get_span_context()
+        if context.is_valid:
+            record["trace_id"] = trace.format_trace_id(context.trace_id)
+            record["span_id"] = trace.format_span_id(context.span_id)
+            record["trace_flags"] = int(context.trace_flags)
+        record["time_unix_nano"] = now
+        return record
+
+    def _head(self, now: int, level: str, event_type: str, message: str) -> Record:
+        return {
+            "timestamp": timestamp(now),
+            "level": level,
+            "event_type": event_type,
+            "message": message,
+            "service": self.service,
+        }
+
+    # --- facts -------------------------------------------------------------------------------------------------------
+
+    def run_started(self, fact: RunStarted) -> None:
+        """Write `pipeline_start`."""
+        message = f"pipeline {fact.pipeline} started"
+        record = self._head(fact.time_unix_nano, "info", names.PIPELINE_START, message)
+        record.update(pipeline=fact.pipeline, run_id=fact.run_id, status="running")
+        if fact.metadata:
+            record["metadata"] = fact.metadata
+        self.write(_identified(record, fact, fact.time_unix_nano))
+
+    def run_finished(self, fact: RunFinished) -> None:
+        """Write `pipeline_complete`."""
+        start = fact.start
+        status = _status(fact.outcome, fact.failed_count)
+        level = "error" if fact.outcome == FAILURE else "info" if status == "success" else "warning"
+        message = f"pipeline {start.pipeline} {_ended(fact.outcome, fact.failure)}"
+        record = self._head(fact.time_unix_nano, level, names.PIPELINE_COMPLETE, message)
+        record.update(pipeline=start.pipeline, run_id=start.run_id, status=status)
+        record["duration_ms"] = fact.duration_ns / 1e6
+        record.update(success_count=fact.success_count, failed_count=fact.failed_count)
+        _add_failure(record, fact.failure)
+        if fact.metadata:
+            record["metadata"] = fact.metadata
+        self.write(_identified(record, start, fact.time_unix_nano))
+
+    def node_started(self, fact: NodeStarted) -> None:
+        """Write `node_start`: it is with the operating system before the node's function runs."""
+        now = fact.time_unix_nano
+        record = self._head(now, "info", names.NODE_START, f"node {fact.node} started")
+        _add_node(record, fact)
+        record["status"] = "running"
+        if fact.rows_in is not None:
+            record["rows_in"] = fact.rows_in
+        record = _identified(record, fact, now)
+        if fact.edges:
+            record["links"] = _links(fact.edges)
+        self.write(record)
+
+    def node_finished(self, fact: NodeFinished) -> None:
+        """Write `node_complete`, or `node_failed` for a failure."""
+        start, outcome = fact.start, fact.outcome
+        failed = outcome == FAILURE
+        event_type = names.NODE_FAILED if failed else names.NODE_COMPLETE
+        message = f"node {start.node} {_ended(outcome, fact.failure)}"
+        record = self._head(fact.time_unix_nano, "error" if failed else "info", event_type, message)
+        _add_node(record, start)
+        record["status"] = _STATUS.get(outcome, outcome)
+        record["duration_ms"] = fact.duration_ns / 1e6
+        if fact.rows_out is not None:
+            record["row_count"] = fact.rows_out
+        if fact.rows_in is not None:
+            record["rows_in"] = fact.rows_in
+        if fact.cache_hit is not None:
+            record["cache_hit"] = fact.cache_hit
+        if fact.rss is not None:
+            record["memory_mb"] = round(fact.rss / 1_048_576, 2)
+        record["attempt"] = fact.attempt
+        _add_failure(record, fact.failure)
+        if fact.metadata:
+            record["metadata"] = fact.metadata
+        record = _identified(record, start, fact.time_unix_nano)
+        if fact.edges:
+            record["links"] = _links(fact.edges)
+        if fact.rows_out is not None:
+            record["rows_out"] = fact.rows_out
+        if fact.bytes_out is not None:
+            record["bytes_out"] = fact.bytes_out
+        if fact.columns is not None:
+            record["columns"] = fact.columns
+        self.write(record)
+
+    def cache_looked_up(self, fact: CacheLookup) -> None:
+        """Write `cache_hit`, or `cache_miss` at level debug, which is written whatever the level."""
+        event_type, level = (names.CACHE_HIT, "info") if fact.hit else (names.CACHE_MISS, "debug")
+        message = f"cache {'hit' if fact.hit else 'miss'} for node {fact.start.node}"
+        record = self._head(fact.time_unix_nano, level, event_type, message)
+        _add_node(record, fact.start)
+        record["cache_hit"] = fact.hit
+        if fact.key is not None:
+            record["cache_key"] = self.cleaner.text(fact.key)
+        self.write(_identified(record, fact.start, fact.time_unix_nano))
+
+    def node_retried(self, fact: NodeRetried) -> None:
+        """Write a warning that an attempt after the first begins, and why."""
+        message = f"node {fact.start.node} is retried: attempt {fact.attempt}"
+        record = self._head(fact.time_unix_nano, "warning", names.LOG, message)
+        _add_node(record, fact.start)
+        record["attempt"] = fact.attempt
+        _add_failure(record, fact.failure)
+        self.write(_identified(record, fact.start, fact.time_unix_nano))
+
+
+def _status(outcome: str, failed_count: int) -> str:
+    if outcome == SUCCESS:
+        return "partial_failure" if failed_count else "success"
+    return _STATUS.get(outcome, outcome)
+
+
+def _ended(outcome: str, failure: Failure | None) -> str:
+    if outcome == SUCCESS:
+        return "completed"
+    if outcome == FAILURE and failure is not None:
+        return f"failed: {failure.type}: {failure.message}"
+    return f"was {outcome}"
+
+
+def _add_node(record: Record, fact: NodeStarted) -> None:
+    if fact.run_id:
+        record["pipeline"] = fact.pipeline
+        record["run_id"] = fact.run_id
+    record["node_name"] = fact.node
+    if fact.layer:
+        record["layer"] = fact.layer
+    if fact.engine:
+        record["engine"] = fact.engine
+
+
+def _add_failure(record: Record, failure: Failure | None) -> None:
+    if failure is not None:
+        if failure.message:
+            record["error"] = failure.message
+        record["error_type"] = failure.type
+
+
+def _identified(record: Record, fact: NodeStarted | RunStarted, now: int) -> Record:
+    record["trace_id"] = f"{fact.trace_id:032x}"
+    record["span_id"] = f"{fact.span_id:016x}"
+    if fact.parent_span_id:
+        record["parent_span_id"] = f"{fact.parent_span_id:016x}"
+    record["time_unix_nano"] = now
+    record["trace_flags"] = int(fact.trace_flags)
+    return record
+
+
+def _links(edges: tuple[Edge, ...]) -> list[dict[str, str]]:
+    return [
+        {"node": e.node, "trace_id": f"{e.trace_id:032x}", "span_id": f"{e.span_id:016x}"} if e.span_id else {"node": e.node}
+        for e in edges
+    ]
+
+
+# --- users' lines ----------------------------------------------------------------------------------------------------
+
+_writer: LogWriter | None = None
+
+
+def activate(writer: LogWriter | None) -> None:
+    """Make `writer` the one every logger writes to from now on; None makes them write nothing."""
+    global _writer
+    _writer = writer
+
+
+def active() -> LogWriter | None:
+    """Return the writer that loggers write to."""
+    return _writer
+
+
+def get_logger(**fields: Any) -> FilteringBoundLogger:
+    """Return a structlog logger that writes to the configured log file; `fields` are bound to every line.
+
+    Lines carry trace_id, span_id, pipeline, run_id and node_name of where they are written, and what structlog's
+    contextvars hold. May be called before `configure()`; without it lines go nowhere. Values are redacted and bounded,
+    and calls never raise. Loggers may be shared between threads; `ainfo()` and the like are there for async code.
+    """
+    import structlog  # imports rich where that is installed, 130 ms: not at import of this package
+
+    wrapper = structlog.make_filtering_bound_logger(0)  # the level is a setting and is looked at on writing
+    processors = (structlog.contextvars.merge_contextvars, _hand_over)
+    logger: FilteringBoundLogger = structlog.wrap_logger(_Nowhere(), processors=processors, wrapper_class=wrapper, **fields)
+    return logger
+
+
+def _hand_over(logger: Any, method: str, event_dict: MutableMapping[str, Any]) -> Any:
+    """Write the event: the last processor of the chain. The logger beneath has nothing left to do."""
+    writer = _writer
+    if writer is not None:
+        message = event_dict.pop("event", "")
+        level = {"exception": "error", "warn": "warning", "fatal": "critical"}.get(method, method)
+        writer.log(level, message, _with_exception(event_dict, event_dict.pop("exc_info", None), writer.cleaner))
+    return (), {}
+
+
+def _with_exception(fields: MutableMapping[str, Any], exc_info: Any, cleaner: Cleaner) -> MutableMapping[str, Any]:
+    """Replace structlog's and logging's `exc_info` by error, error_type and stacktrace: never with local variables."""
+    if not exc_info:
+        return fields
+    exc = exc_info if isinstance(exc_info, BaseException) else None
+    if isinstance(exc_info, tuple) and len(exc_info) == 3:
+        exc = exc_info[1]
+    elif exc is None:
+        exc = sys.exc_info()[1]
+    if exc is None:
+        return fields
+    failure = cleaner.failure(exc)
+    return {**fields, "error": failure.message, "error_type": failure.type, "stacktrace": failure.stacktrace}
+
+
+class _Nowhere:
+    """What structlog would print with; the chain has written the line already."""
+
+    def __getattr__(self, name: str) -> Callable[[], None]:
+        return lambda: None
+
+
+class LoggingHandler(logging.Handler):
+    """Lets records of the standard `logging` module join the log file, cleaned and correlated like any other line.
+
+    Extra attributes become fields. Never raises. This package's own warnings are left out, as one of them may tell
+    that the file cannot be written.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the record."""
+        writer = _writer
+        if writer is None or record.name.partition(".")[0] == _OWN_LOGGERS:
+            return
+        try:
+            level = next((name for name, number in reversed(LEVELS.items()) if record.levelno >= number), "debug")
+            extra = {key: value for key, value in vars(record).items() if key not in _ORDINARY}
+            fields = _with_exception({"logger": record.name, **extra}, record.exc_info, writer.cleaner)
+            writer.log(level, record.getMessage(), fields)
+        except Exception:  # noqa: BLE001 - a record's arguments may not fit its format
+            self.handleError(record)

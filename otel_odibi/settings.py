@@ -1,0 +1,301 @@
+"""Every setting: its name, type, default, environment variable, meaning, and the check that fails early.
+
+One value is looked for in this order: argument of `configure()`, `OTEL_ODIBI_<NAME>`, the OpenTelemetry variable where
+there is one, `[tool.otel-odibi]` in the nearest pyproject.toml, the default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import unquote
+
+from otel_odibi.errors import SettingError
+
+PREFIX: Final = "OTEL_ODIBI_"
+SPAN_FORMATS: Final = ("parquet", "json")
+METRIC_FORMATS: Final = ("parquet", "json", "textfile")
+PROTOCOLS: Final = ("grpc", "http/protobuf")
+LEVELS: Final = ("debug", "info", "warning", "error", "critical")
+
+
+def _setting(
+    default: Any,
+    doc: str,
+    check: Callable[[str, Any], Any],
+    *,
+    otel: tuple[str, ...] = (),
+    scale: float = 1.0,
+    secret: bool = False,
+) -> Any:
+    """Declare one field: `otel` names OpenTelemetry variables that also set it, whose unit is `scale` of ours."""
+    return field(default=default, metadata={"doc": doc, "check": check, "otel": otel, "scale": scale, "secret": secret})
+
+
+# --- checks: each takes (name, value as given: text from the environment or any Python value) and returns the value ----
+
+
+def _text(name: str, value: Any) -> str:
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    raise SettingError(name, value, "not a text", "give a non-empty string")
+
+
+def _optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    return lambda name, value: None if value is None or value == "" else check(name, value)
+
+
+def _flag(name: str, value: Any) -> bool:
+    text = str(value).strip().lower()
+    if text in ("true", "1", "yes", "on"):
+        return True
+    if text in ("false", "0", "no", "off"):
+        return False
+    raise SettingError(name, value, "neither true nor false", "use true or false")
+
+
+def _number(minimum: float, maximum: float, unit: str, kind: type[int] | type[float]) -> Callable[[str, Any], Any]:
+    def check(name: str, value: Any) -> Any:
+        try:
+            number = kind(value) if not isinstance(value, bool) else None
+        except (TypeError, ValueError):
+            number = None
+        if number is not None and minimum <= number <= maximum:
+            return number
+        raise SettingError(name, value, f"not {unit} from {minimum:g} to {maximum:g}", "give one in that range")
+
+    return check
+
+
+def _choices(*allowed: str) -> Callable[[str, Any], tuple[str, ...]]:
+    def check(name: str, value: Any) -> tuple[str, ...]:
+        items = _items(name, value)
+        for item in items:
+            if item not in allowed:
+                raise SettingError(name, value, f"{item!r} is unknown", f"choose from {', '.join(allowed)}; none for nothing")
+        return tuple(dict.fromkeys(items))
+
+    return check
+
+
+def _choice(*allowed: str) -> Callable[[str, Any], str]:
+    def check(name: str, value: Any) -> str:
+        text = str(value).strip().lower()
+        if text not in allowed:
+            raise SettingError(name, value, "unknown", f"choose from {', '.join(allowed)}")
+        return text
+
+    return check
+
+
+def _items(name: str, value: Any) -> tuple[str, ...]:
+    """Read a list: comma-separated text, or a sequence of texts; the word none is the empty list."""
+    parts = value.split(",") if isinstance(value, str) else value
+    try:
+        items = tuple(str(part).strip() for part in parts)
+    except TypeError:
+        raise SettingError(name, value, "not a list", "give a list, or text with commas") from None
+    return tuple(item for item in items if item and item != "none")
+
+
+def _patterns(name: str, value: Any) -> tuple[str, ...]:
+    """Read regular expressions: a sequence, or one in text (a pattern may hold commas)."""
+    patterns = (value,) if isinstance(value, str) else tuple(value)
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as exc:
+            raise SettingError(name, pattern, f"not a regular expression ({exc})", "mend the pattern") from None
+    return patterns
+
+
+def _mapping(name: str, value: Any) -> Mapping[str, str]:
+    """Read key=value pairs, percent-encoded in text (OTEL_RESOURCE_ATTRIBUTES), or a mapping."""
+    if isinstance(value, Mapping):
+        return {str(key): str(item) for key, item in value.items()}
+    pairs: dict[str, str] = {}
+    for item in _items(name, value):
+        key, equals, text = item.partition("=")
+        if not equals or not key.strip():
+            raise SettingError(name, value, f"{item!r} is no key=value", "write key=value,key=value")
+        pairs[key.strip()] = unquote(text.strip())
+    return pairs
+
+
+def _directory(name: str, value: Any) -> Path:
+    try:
+        path = Path(value).expanduser()
+    except (TypeError, ValueError, RuntimeError):
+        raise SettingError(name, value, "not a path", "give the path of a directory") from None
+    if "://" in str(value):
+        raise SettingError(name, value, "not local", "keep the directory local and set parquet_uri for Parquet elsewhere")
+    existing = next((p for p in (path, *path.absolute().parents) if p.exists()), None)
+    if existing is not None and not existing.is_dir():
+        raise SettingError(name, str(path), f"{existing} is not a directory", "give another path")
+    return path
+
+
+def _url(name: str, value: Any) -> str:
+    text = _text(name, value)
+    if not re.match(r"https?://[^/\s]+", text):
+        raise SettingError(name, value, "not an http:// or https:// URL", "write it as http://localhost:4317")
+    return text.rstrip("/")
+
+
+def _uri(name: str, value: Any) -> str:
+    text = _text(name, value)
+    if not re.match(r"[a-z][a-z0-9+.\-]*://", text):
+        raise SettingError(name, value, "not a filesystem URI", "write it as s3://bucket/path or file:///path")
+    return text.rstrip("/")
+
+
+_port = _number(0, 65535, "a port", int)
+_positive_bytes = _number(1024, 2**60, "a number of bytes", int)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All settings of one `Telemetry`, checked. Immutable. Make one with `load()`, which `configure()` does."""
+
+    service_name: str = _setting("odibi", "Name of the service: `service.name`, and the name of its files.", _text, otel=("OTEL_SERVICE_NAME",))
+    directory: Path | None = _setting(None, "Directory for logs, spans, metrics and the `.prom` file. Without it nothing is written to disk.", _optional(_directory))
+    environment: str | None = _setting(None, "Deployment environment: `deployment.environment.name`.", _optional(_text))
+    resource: Mapping[str, str] = _setting((), "Further resource attributes.", _mapping, otel=("OTEL_RESOURCE_ATTRIBUTES",))
+    enabled: bool = _setting(True, "False turns everything off; scopes then cost next to nothing.", _flag)
+
+    logs: bool = _setting(True, "Write `logs/<service>.jsonl` in the directory.", _flag)
+    log_level: str = _setting("info", "Lowest level of user log lines that are written.", _choice(*LEVELS))
+    log_max_bytes: int = _setting(100 * 2**20, "Size at which the log file is rotated to a compressed segment, in bytes.", _positive_bytes)
+    log_retention_bytes: int = _setting(2 * 2**30, "Size of all rotated segments kept, in bytes; the oldest go first.", _positive_bytes)
+    capture_logging: bool = _setting(False, "Let records of the standard `logging` module join the log file.", _flag)
+
+    span_formats: tuple[str, ...] = _setting(("parquet",), "Span files: `parquet`, `json` (OTLP/JSON lines), or `none`.", _choices(*SPAN_FORMATS))
+    metric_formats: tuple[str, ...] = _setting(("parquet", "textfile"), "Metric files: `parquet`, `json` (a snapshot), `textfile` (`.prom`), or `none`.", _choices(*METRIC_FORMATS))
+    parquet_uri: str | None = _setting(None, "Where Parquet goes instead of the directory: any pyarrow filesystem URI (`s3://`, `gs://`, `abfs://`).", _optional(_uri))
+    parquet_rows: int = _setting(50_000, "Rows after which a Parquet file is closed and the next begun.", _number(1, 10_000_000, "a number of rows", int))
+    parquet_seconds: float = _setting(60.0, "Age at which a Parquet file is closed, in seconds.", _number(0.1, 86_400, "a number of seconds", float))
+
+    prometheus_port: int | None = _setting(None, "Port of the Prometheus endpoint; 0 takes a free one; unset means no endpoint.", _optional(_port))
+    prometheus_host: str = _setting("127.0.0.1", "Address the Prometheus endpoint listens on.", _text)
+
+    otlp_endpoint: str | None = _setting(None, "Send spans and metrics to this OTLP endpoint. `OTEL_EXPORTER_OTLP_*` in full are followed too.", _optional(_url), otel=("OTEL_EXPORTER_OTLP_ENDPOINT",))
+    otlp_protocol: str = _setting("grpc", "OTLP protocol: `grpc` or `http/protobuf`.", _choice(*PROTOCOLS), otel=("OTEL_EXPORTER_OTLP_PROTOCOL",))
+    otlp_headers: Mapping[str, str] = _setting((), "Headers sent with every OTLP request, such as credentials. Never written anywhere.", _mapping, otel=("OTEL_EXPORTER_OTLP_HEADERS",), secret=True)
+    otlp_logs: bool | None = _setting(None, "Send logs by OTLP too. Unset: only where no log file is written, so that a collector never reads them twice.", _optional(_flag))
+
+    span_interval: float = _setting(5.0, "Longest time a finished span waits for its exporter, in seconds.", _number(0.01, 3600, "a number of seconds", float), otel=("OTEL_BSP_SCHEDULE_DELAY",), scale=0.001)
+    span_queue: int = _setting(65_536, "Finished spans that may wait; what comes on top is counted as dropped.", _number(1, 10_000_000, "a number of spans", int), otel=("OTEL_BSP_MAX_QUEUE_SIZE",))
+    metric_interval: float = _setting(15.0, "Time between two metric exports, in seconds.", _number(0.05, 86_400, "a number of seconds", float), otel=("OTEL_METRIC_EXPORT_INTERVAL",), scale=0.001)
+    cardinality_limit: int = _setting(2_000, "Series kept for one metric; further ones add up in one overflow series.", _number(1, 1_000_000, "a number of series", int))
+
+    measure: bool = _setting(True, "Measure rows, bytes and columns of arguments and results.", _flag)
+    redact_keys: tuple[str, ...] = _setting((), "Further field names whose values are secret.", _items)
+    redact_patterns: tuple[str, ...] = _setting((), "Further regular expressions whose matches are secret.", _patterns)
+    exit_timeout: float = _setting(2.0, "Longest time that shutdown may take when the process ends, in seconds.", _number(0.0, 600, "a number of seconds", float))
+
+    @classmethod
+    def load(cls, arguments: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None, cwd: Path | None = None) -> Settings:
+        """Collect the settings from every source and check them.
+
+        `arguments` of value None count as not given. Raises `SettingError` naming the setting, the value and the
+        remedy: for an unknown name, a wrong value, or an unreadable pyproject.toml.
+        """
+        env = os.environ if environ is None else environ
+        return cls.resolve(arguments or {}, env, read_project(cwd or Path.cwd()))
+
+    @classmethod
+    def resolve(cls, arguments: Mapping[str, Any], environ: Mapping[str, str], project: Mapping[str, Any]) -> Settings:
+        """Collect the settings from these three sources and check them; see `load`."""
+        given = {name: value for name, value in arguments.items() if value is not None}
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        for source, names in (("", given), ("[tool.otel-odibi] ", project)):
+            for name in names:
+                if name not in fields:
+                    known = ", ".join(sorted(fields))
+                    raise SettingError(source + name, names[name], "there is no such setting", f"choose from {known}")
+        values = {name: _resolve(f, given, environ, project) for name, f in fields.items()}
+        if environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true" and "enabled" not in given:
+            values["enabled"] = False
+        return cls(**values)
+
+    def worker_copy(self) -> dict[str, Any]:
+        """Return the settings to hand to a worker process: all but the secret ones, which it reads for itself."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.metadata["secret"]}
+
+    def __repr__(self) -> str:
+        shown = (f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default and not f.metadata["secret"])
+        return f"Settings({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
+
+
+def _resolve(f: dataclasses.Field[Any], given: Mapping[str, Any], env: Mapping[str, str], project: Mapping[str, Any]) -> Any:
+    check: Callable[[str, Any], Any] = _hiding(f.metadata["check"]) if f.metadata["secret"] else f.metadata["check"]
+    if f.name in given:
+        return check(f.name, given[f.name])
+    own = PREFIX + f.name.upper()
+    if env.get(own, "").strip():
+        return check(own, env[own])
+    for variable in f.metadata["otel"]:
+        text = env.get(variable, "").strip()
+        if text:
+            return check(variable, _scaled(variable, text, f.metadata["scale"]))
+    if f.name in project:
+        return check(f"[tool.otel-odibi] {f.name}", project[f.name])
+    return {} if f.metadata["check"] is _mapping else f.default
+
+
+def _hiding(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    """Wrap the check of a secret setting, whose error must not show the value."""
+
+    def checked(name: str, value: Any) -> Any:
+        try:
+            return check(name, value)
+        except SettingError as exc:
+            raise SettingError(name, "[hidden]", "cannot be used", exc.remedy) from None
+
+    return checked
+
+
+def _scaled(variable: str, text: str, scale: float) -> str | float:
+    if scale == 1.0:
+        return text
+    try:
+        return float(text) * scale
+    except ValueError:
+        raise SettingError(variable, text, "not a number of milliseconds", "give a number") from None
+
+
+def read_project(start: Path) -> dict[str, Any]:
+    """Return `[tool.otel-odibi]` of the nearest pyproject.toml at or above `start`, without its sub-tables.
+
+    Raises `SettingError` where that file is not valid TOML. An unreadable file counts as absent.
+    """
+    for folder in (start, *start.absolute().parents):
+        path = folder / "pyproject.toml"
+        if path.is_file():
+            return {key: value for key, value in _read_toml(path).items() if key not in SUB_TABLES}
+    return {}
+
+
+SUB_TABLES: Final = ("alerts", "check")
+"""Tables under `[tool.otel-odibi]` that hold other things than settings."""
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        return {}
+    except ValueError as exc:
+        raise SettingError("pyproject.toml", str(path), f"not valid TOML ({exc})", "mend the file") from None
+    table = document.get("tool", {}).get("otel-odibi", {})
+    return table if isinstance(table, dict) else {}

@@ -1,0 +1,508 @@
+"""`configure()`: assembles the SDK from settings, owns every global, flushes and shuts down."""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import logging
+import os
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+from opentelemetry import metrics as metrics_api
+from opentelemetry import trace as trace_api
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import (
+    AggregationTemporality,
+    MetricExporter,
+    MetricReader,
+    MetricsData,
+    PeriodicExportingMetricReader,
+)
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import Tracer, TracerProvider
+from opentelemetry.sdk.trace.export import SpanExporter
+from typing_extensions import Self
+
+from otel_odibi import logs, names, runtime
+from otel_odibi.clean import DEFAULT, Cleaner
+from otel_odibi.delivery import SpanQueue
+from otel_odibi.errors import SettingError
+from otel_odibi.exporters.jsonl import JsonlSink, safe_name
+from otel_odibi.exporters.points import CUMULATIVE, Producer, WithProducer
+from otel_odibi.facts import Fact
+from otel_odibi.logs import LogWriter
+from otel_odibi.metrics import Aggregates, ApiInstruments, observe, rss_reader
+from otel_odibi.runtime import FACTS, Runtime
+from otel_odibi.settings import Settings
+from otel_odibi.spans import LeanTracer
+
+_log: Final = logging.getLogger(names.SCOPE)
+
+
+class Troubles:
+    """Where every loss and inner error goes: counted in `odibi.telemetry.dropped`, warned about once a cause a minute.
+
+    Thread-safe; never raises.
+    """
+
+    def __init__(self, drop: Callable[[str, str, int], None], *, tick: Callable[[], float] = time.monotonic) -> None:
+        self._drop = drop
+        self._tick = tick
+        self._warned: dict[tuple[str, str], float] = {}
+
+    def dropped(self, signal: str, reason: str, count: int = 1) -> None:
+        """Count `count` lost items of a signal (spans, metrics, logs)."""
+        self._drop(signal, reason, count)
+        self.warn(signal, reason, "telemetry lost: %s, reason %s (counted in odibi.telemetry.dropped)", signal, reason)
+
+    def on_drop(self, signal: str) -> Callable[[str, int], None]:
+        """Return a function (reason, count) that counts losses of this signal."""
+        return lambda reason, count: self.dropped(signal, reason, count)
+
+    def error(self, where: str, exc: BaseException) -> None:
+        """Count an inner error, which the user's pipeline never sees."""
+        kind = type(exc).__name__
+        self._drop("internal", where, 1)
+        self.warn(where, kind, "error inside telemetry, in %s: %s", where, DEFAULT.text(f"{kind}: {exc}", 500))
+
+    def overflow(self, instrument: str) -> None:
+        """Warn that a metric has more series than the limit."""
+        self.warn(
+            "cardinality", instrument,
+            "metric %s has reached the cardinality limit: further attribute sets (pipeline, node, layer, engine) add up "
+            "in one overflow series; use fewer node names or raise cardinality_limit", instrument,
+        )  # fmt: skip
+
+    def warn(self, cause: str, detail: str, message: str, *args: object) -> None:
+        """Log a warning unless this cause had one within the last minute."""
+        now = self._tick()
+        last = self._warned.get((cause, detail))
+        if last is not None and now - last < 60:
+            return
+        if len(self._warned) > 1_000:
+            self._warned.clear()
+        self._warned[(cause, detail)] = now
+        try:
+            _log.warning(message, *args)
+        except Exception:  # noqa: BLE001, S110 - a host's logging handler may raise
+            pass
+
+
+class Telemetry:
+    """Everything that `configure()` started: made by it, not by hand. A context manager that shuts down on exit.
+
+    Attributes: `settings`; `tracer_provider` and `meter_provider` (OpenTelemetry providers); `aggregates` (the totals
+    behind the metrics); `prometheus_url` (of the endpoint, or None). Methods are thread-safe.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        tracer_provider: trace_api.TracerProvider | None = None,
+        meter_provider: metrics_api.MeterProvider | None = None,
+        span_exporters: tuple[SpanExporter, ...] = (),
+        metric_readers: tuple[MetricReader, ...] = (),
+        log_outputs: tuple[logs.Output, ...] = (),
+        clock: Callable[[], int] = time.time_ns,
+        runtime_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.settings = settings
+        self.cleaner = Cleaner(settings.redact_keys, settings.redact_patterns)
+        self.prometheus_url: str | None = None
+        self.queues: list[SpanQueue] = []
+        self._sinks: list[JsonlSink] = []
+        self._log_provider: Any = None
+        self._handler: logging.Handler | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+        self._clock = clock
+        self.aggregates = Aggregates(
+            settings.cardinality_limit, clock=clock, on_overflow=lambda name: self.troubles.overflow(name)
+        )
+        self.troubles = Troubles(self.aggregates.drop)
+        self.resource = _resource(settings)
+        self.tracer_provider = self._tracing(tracer_provider, span_exporters)
+        self.meter_provider = self._metering(metric_readers)
+        self.log_writer = self._logging(log_outputs)
+        self.runtime = Runtime(
+            self._tracer(),
+            self._listeners(meter_provider),
+            on_error=self.troubles.error,
+            cleaner=self.cleaner,
+            clock=clock,
+            measure=settings.measure,
+            **{"read_rss": rss_reader(), **(runtime_options or {})},
+        )
+        _follow_forks(self.aggregates)
+
+    @property
+    def directory(self) -> Path | None:
+        """The telemetry directory, or None."""
+        return self.settings.directory
+
+    # --- assembly ----------------------------------------------------------------------------------------------------
+
+    def _tracing(self, host: trace_api.TracerProvider | None, extra: tuple[SpanExporter, ...]) -> trace_api.TracerProvider:
+        provider = host or TracerProvider(
+            resource=self.resource, shutdown_on_exit=False, meter_provider=metrics_api.NoOpMeterProvider()
+        )
+        for exporter in (*self._span_exporters(), *extra):
+            queue = SpanQueue(
+                exporter,
+                cleaner=self.cleaner,
+                interval=self.settings.span_interval,
+                limit=self.settings.span_queue,
+                on_drop=self.troubles.on_drop("spans"),
+            )
+            self.queues.append(queue)
+            self.attach(queue, provider)
+        return provider
+
+    def _tracer(self) -> trace_api.Tracer:
+        tracer = self.tracer_provider.get_tracer(names.SCOPE)
+        try:
+            return LeanTracer(tracer) if isinstance(tracer, Tracer) else tracer
+        except AttributeError:  # an SDK that is built differently inside: its own spans are slower, and as right
+            return tracer
+
+    def attach(self, queue: SpanQueue, provider: trace_api.TracerProvider) -> None:
+        """Let a provider's spans go to `queue` too, where the provider can do that."""
+        if isinstance(provider, TracerProvider):
+            provider.add_span_processor(queue)
+        else:
+            self.troubles.warn("host", "provider", "the host's tracer provider takes no exporters: spans go to it alone")
+
+    def _span_exporters(self) -> list[SpanExporter]:
+        s, on_drop = self.settings, self.troubles.on_drop("spans")
+        exporters: list[SpanExporter] = []
+        target = s.parquet_uri or s.directory
+        if "parquet" in s.span_formats and target is not None:
+            from otel_odibi.exporters.parquet import ParquetSpanExporter
+
+            exporters.append(
+                ParquetSpanExporter(target, rows=s.parquet_rows, seconds=s.parquet_seconds, on_drop=on_drop)
+            )
+        if "json" in s.span_formats and s.directory is not None:
+            from otel_odibi.exporters.json import JsonSpanExporter
+
+            exporters.append(JsonSpanExporter(s.directory, service=s.service_name, on_drop=on_drop))
+        if wants_otlp(s, "TRACES"):
+            from otel_odibi.exporters import otlp
+
+            exporters.append(otlp.span_exporter(s))
+        return exporters
+
+    def _metering(self, extra: tuple[MetricReader, ...]) -> MeterProvider:
+        interval = self.settings.metric_interval * 1000
+        readers: list[MetricReader] = [
+            PeriodicExportingMetricReader(WithProducer(exporter, self.producer), interval, 10_000)
+            for exporter in self._metric_exporters()
+        ]
+        provider = MeterProvider([*readers, *extra, *self._endpoint()], self.resource, shutdown_on_exit=False)
+        uptime = names.PROCESS_UPTIME  # the SDK's own: a reader of a provider without instruments exports nothing
+        provider.get_meter(names.SCOPE).create_observable_gauge(
+            uptime.name, [lambda options: observe(self.aggregates, uptime)], uptime.unit, uptime.description
+        )
+        return provider
+
+    def _metric_exporters(self) -> list[MetricExporter]:
+        s, on_drop = self.settings, self.troubles.on_drop("metrics")
+        exporters: list[MetricExporter] = []
+        target = s.parquet_uri or s.directory
+        if "parquet" in s.metric_formats and target is not None:
+            from otel_odibi.exporters.parquet import ParquetMetricExporter
+
+            exporters.append(
+                ParquetMetricExporter(target, rows=s.parquet_rows, seconds=s.parquet_seconds, on_drop=on_drop)
+            )
+        if "json" in s.metric_formats and s.directory is not None:
+            from otel_odibi.exporters.json import JsonMetricExporter
+
+            exporters.append(JsonMetricExporter(s.directory, service=s.service_name, on_drop=on_drop))
+        if "textfile" in s.metric_formats and s.directory is not None:
+            from otel_odibi.exporters.textfile import TextfileMetricExporter
+
+            exporters.append(TextfileMetricExporter(s.directory, service=s.service_name, on_drop=on_drop))
+        if wants_otlp(s, "METRICS"):
+            from otel_odibi.exporters import otlp
+
+            exporters.append(otlp.metric_exporter(s))
+        return exporters
+
+    def producer(self, temporality: AggregationTemporality = CUMULATIVE) -> Producer:
+        """Make what adds this telemetry's own metrics to those of one metric reader."""
+        aggregates = self.aggregates
+        return Producer(aggregates.collect, self.resource, aggregates.start_time_unix_nano, temporality, self._clock)
+
+    def _endpoint(self) -> list[MetricReader]:
+        if self.settings.prometheus_port is None:
+            return []
+        from otel_odibi.exporters.prometheus import PrometheusReader
+
+        producer = self.producer()
+
+        class Endpoint(PrometheusReader):
+            def _receive_metrics(self, metrics_data: MetricsData, *args: Any, **kwargs: Any) -> None:
+                super()._receive_metrics(producer.merge(metrics_data), *args, **kwargs)
+
+        reader = Endpoint(self.settings.prometheus_host, self.settings.prometheus_port)
+        self.prometheus_url = reader.url
+        return [reader]
+
+    def _logging(self, extra: tuple[logs.Output, ...]) -> LogWriter:
+        s = self.settings
+        outputs: list[logs.Output] = []
+        if s.logs and s.directory is not None:
+            sink = JsonlSink(
+                s.directory / "logs",
+                safe_name(s.service_name),
+                max_bytes=s.log_max_bytes,
+                retention_bytes=s.log_retention_bytes,
+                on_drop=self.troubles.on_drop("logs"),
+            )
+            self._sinks.append(sink)
+            outputs.append(lambda record, line: sink.write(line) and None)
+        if wants_otlp(s, "LOGS") and (s.otlp_logs if s.otlp_logs is not None else not outputs):
+            from otel_odibi.exporters import otlp
+
+            self._log_provider = otlp.logger_provider(s, self.resource)
+            outputs.append(otlp.log_output(self._log_provider))
+        return LogWriter(
+            s.service_name,
+            (*outputs, *extra),
+            level=s.log_level,
+            cleaner=self.cleaner,
+            clock=self._clock,
+            on_error=self.troubles.error,
+        )
+
+    def _listeners(self, host_meters: metrics_api.MeterProvider | None) -> dict[type, list[runtime.Listener]]:
+        sources: list[Any] = [self.log_writer] if self.log_writer.writes else []
+        sources.append(self.aggregates)
+        if host_meters is not None:
+            sources.append(ApiInstruments(host_meters.get_meter(names.SCOPE), self.aggregates))
+        found = [source.listeners() for source in sources]
+        return {fact: [listeners[fact] for listeners in found if fact in listeners] for fact in FACTS}
+
+    # --- life --------------------------------------------------------------------------------------------------------
+
+    def activate(self) -> None:
+        """Make this the telemetry that scopes and loggers use, until it is shut down or another takes its place."""
+        runtime.activate(self.runtime)
+        logs.activate(self.log_writer)
+        if self.settings.capture_logging and self._handler is None:
+            self._handler = logs.LoggingHandler()
+            logging.getLogger().addHandler(self._handler)
+
+    def subscribe(self, kind: type[Fact], listener: runtime.Listener) -> None:
+        """Let `listener` be called with every fact of this kind, after the log line and the metrics.
+
+        It runs in the thread of the node, between its function and its return, so it must be quick; what it raises is
+        counted and warned about, and goes no further.
+        """
+        with self._lock:
+            listeners = self.runtime.listeners
+            listeners[kind] = (*listeners[kind], listener)
+
+    def flush(self, timeout: float = 10.0) -> bool:
+        """Write and send everything recorded so far; True where that was done within `timeout` seconds. Never raises."""
+        deadline = time.monotonic() + timeout
+        done = all([queue.force_flush(_left_ms(deadline)) for queue in self.queues])
+        try:
+            self.meter_provider.force_flush(_left_ms(deadline))
+            if self._log_provider is not None:
+                self._log_provider.force_flush(_left_ms(deadline))
+        except Exception as exc:  # noqa: BLE001 - the SDK raises what its readers raised
+            self.troubles.error("flush", exc)
+            return False
+        return done
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """Flush, close every file and thread, give globals back; scopes go on without recording. Idempotent.
+
+        Takes at most `timeout` seconds, `exit_timeout` by default. Local files come first, so that a collector that
+        hangs costs its own data alone; what did not get out is counted and warned about. Never raises.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        deadline = time.monotonic() + (self.settings.exit_timeout if timeout is None else timeout)
+        atexit.unregister(self.shutdown)
+        if runtime.configured() is self.runtime:
+            runtime.activate(None)
+            logs.activate(None)
+        if self._handler is not None:
+            logging.getLogger().removeHandler(self._handler)
+        for queue in self.queues:
+            queue.stop()
+        try:
+            self.meter_provider.shutdown(_left_ms(deadline))
+        except Exception as exc:  # noqa: BLE001 - the SDK raises what its readers raised
+            self.troubles.error("shutdown", exc)
+        for queue in self.queues:
+            queue.shutdown(_left_ms(deadline))
+        for sink in self._sinks:
+            sink.close(max(0.0, deadline - time.monotonic()))
+        if self._log_provider is not None:
+            self._log_provider.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.shutdown()
+
+
+def _left_ms(deadline: float) -> int:
+    return max(0, int((deadline - time.monotonic()) * 1000))
+
+
+def _resource(settings: Settings) -> Resource:
+    attributes: dict[str, Any] = {**settings.resource, names.SERVICE_NAME: settings.service_name}
+    if settings.environment:
+        attributes[names.DEPLOYMENT_ENVIRONMENT_NAME] = settings.environment
+    attributes.setdefault(names.SERVICE_INSTANCE_ID, str(uuid.uuid4()))
+    attributes = {key: DEFAULT.attribute(key, value) for key, value in attributes.items()}
+    return Resource.create(attributes)
+
+
+def wants_otlp(settings: Settings, signal: str) -> bool:
+    """Tell whether a signal (TRACES, METRICS, LOGS) goes out by OTLP: an endpoint is set, and it is not turned off."""
+    if not settings.enabled or os.environ.get(f"OTEL_{signal}_EXPORTER", "").strip().lower() == "none":
+        return False
+    return bool(settings.otlp_endpoint or os.environ.get(f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT", "").strip())
+
+
+def _follow_forks(aggregates: Aggregates) -> None:
+    if not hasattr(os, "register_at_fork"):
+        return
+    reference = weakref.ref(aggregates)
+
+    def after_fork() -> None:
+        found = reference()
+        if found is not None:
+            found.after_fork()
+
+    os.register_at_fork(after_in_child=after_fork)
+
+
+# --- the globals -----------------------------------------------------------------------------------------------------
+
+_lock = threading.Lock()
+_current: Telemetry | None = None
+_own_tracing: TracerProvider | None = None
+_own_metering: MeterProvider | None = None
+
+
+def configure(
+    *,
+    service_name: str | None = None,
+    directory: str | os.PathLike[str] | None = None,
+    environment: str | None = None,
+    tracer_provider: trace_api.TracerProvider | None = None,
+    meter_provider: metrics_api.MeterProvider | None = None,
+    set_global: bool = True,
+    **settings: Any,
+) -> Telemetry:
+    """Turn telemetry on, and return it. Functions decorated before are live after.
+
+    Takes every setting by name (see `Settings`); one that is not given comes from OTEL_ODIBI_*, OTEL_*, pyproject.toml
+    or its default. With `directory` alone it writes logs, span and metric Parquet and the `.prom` file. Providers that
+    the host application has set globally, or passes here, are used and not replaced; else ours become global unless
+    `set_global` is false. A second call shuts the first telemetry down and takes its place. At exit it is shut down.
+
+    Raises `SettingError`, naming the setting, the value and the remedy, and `MissingExtraError` where OTLP is asked
+    for and not installed. Thread-safe.
+    """
+    global _current
+    given = {"service_name": service_name, "directory": directory, "environment": environment, **settings}
+    loaded = Settings.load(given)
+    _check_directory(loaded.directory)
+    with _lock:
+        if _current is not None:
+            _current.shutdown()
+        if not loaded.enabled:
+            loaded = dataclasses.replace(loaded, logs=False, span_formats=(), metric_formats=(), prometheus_port=None)
+        telemetry = Telemetry(
+            loaded,
+            tracer_provider=tracer_provider or _host_tracing(),
+            meter_provider=meter_provider or _host_metering(),
+        )
+        if set_global and loaded.enabled:
+            _install(telemetry)
+        if loaded.enabled:
+            telemetry.activate()
+        else:
+            runtime.activate(None, disabled=True)
+        atexit.register(telemetry.shutdown)
+        _current = telemetry
+    return telemetry
+
+
+def _check_directory(directory: Path | None) -> None:
+    if directory is None:
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o750)
+        usable = os.access(directory, os.W_OK | os.X_OK)
+    except OSError as exc:
+        raise SettingError("directory", str(directory), f"cannot be made ({exc.strerror})", "give another") from None
+    if not usable:
+        raise SettingError("directory", str(directory), "not writable", "change its permissions or give another")
+
+
+def _host_tracing() -> trace_api.TracerProvider | None:
+    """Return the tracer provider that a host application has made global, if any."""
+    provider = trace_api.get_tracer_provider()
+    ours = isinstance(provider, (trace_api.ProxyTracerProvider, trace_api.NoOpTracerProvider)) or provider is _own_tracing
+    return None if ours else provider
+
+
+def _host_metering() -> metrics_api.MeterProvider | None:
+    provider = metrics_api.get_meter_provider()
+    known = provider is _own_metering or not hasattr(provider, "force_flush")  # neither proxy nor no-op can flush
+    return None if known else provider
+
+
+def _install(telemetry: Telemetry) -> None:
+    """Make the providers global, once a process: OpenTelemetry ignores a second call."""
+    global _own_tracing, _own_metering
+    if _own_tracing is not None:
+        for queue in telemetry.queues:  # other libraries' tracers stay with the first provider: send its spans on
+            telemetry.attach(queue, _own_tracing)
+    elif _host_tracing() is None and isinstance(telemetry.tracer_provider, TracerProvider):
+        _own_tracing = telemetry.tracer_provider
+        trace_api.set_tracer_provider(_own_tracing)
+    if _own_metering is None and _host_metering() is None:
+        _own_metering = telemetry.meter_provider
+        metrics_api.set_meter_provider(_own_metering)
+
+
+_host: tuple[Any, Any, Runtime] | None = None
+
+
+def host_runtime() -> Runtime | None:
+    """Make the runtime for scopes without `configure()` in a host that has set global providers; None without any."""
+    global _host
+    tracing, metering = trace_api.get_tracer_provider(), metrics_api.get_meter_provider()
+    if _host is None or _host[0] is not tracing or _host[1] is not metering:
+        if tracing is _own_tracing and metering is _own_metering:
+            return None  # shut down: ours no longer record
+        aggregates = Aggregates()
+        troubles = Troubles(aggregates.drop)
+        instruments = ApiInstruments(metering.get_meter(names.SCOPE), aggregates)
+        listeners = {fact: [listener] for fact, listener in instruments.listeners().items()}
+        live = Runtime(
+            tracing.get_tracer(names.SCOPE), listeners, on_error=troubles.error, read_rss=rss_reader()
+        )
+        _host = (tracing, metering, live)
+    return _host[2]

@@ -1,0 +1,83 @@
+"""Every code block and command in README and docs is run, page by page, and what it prints is compared."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"(?:<!-- (?P<mark>[^>]+) -->\n)?```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+class Block(NamedTuple):
+    mark: str
+    kind: str
+    text: str
+
+
+def blocks_of(page: Path) -> list[Block]:
+    found = BLOCK.finditer(page.read_text(encoding="utf-8"))
+    return [Block(match["mark"] or "", match["kind"], match["text"]) for match in found]
+
+
+def shape(text: str) -> str:
+    """Return what stays the same from run to run: ids, numbers, bars and runs of blanks made alike."""
+    text = re.sub(r"\b[0-9a-f]{16,32}\b", "ID", text)
+    text = re.sub(r"\d+(?:[.,:]\d+)*", "N", text)
+    text = re.sub(r"[─━▏▎▍▌▋▊▉█▐╸╺╹ ]+", " ", text)
+    return "\n".join(line.rstrip() for line in text.strip().splitlines())
+
+
+def run(command: list[str], cwd: Path, stdin: str | None = None) -> str:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("OTEL_", "ODIBI_", "PYTEST_"))}
+    environment |= {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONIOENCODING": "utf-8",
+        "COLUMNS": "100",
+    }
+    done = subprocess.run(command, cwd=cwd, env=environment, input=stdin, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_the_page_says_is_what_happens(page: Path, tmp_path: Path) -> None:
+    """Python blocks of a page run one after the other in one session; commands run in a shell beside them."""
+    session: list[str] = []
+    printed = ""
+    for block in blocks_of(page):
+        if block.mark.startswith("file: "):
+            (tmp_path / block.mark.removeprefix("file: ")).write_text(block.text, encoding="utf-8")
+        elif block.mark == "not run":
+            continue
+        elif block.kind == "python":
+            marker = "=== this block ==="
+            session.append(block.text)
+            program = "\n".join([*session[:-1], f"print({marker!r})", session[-1]])
+            printed = run([sys.executable, "-"], tmp_path, program).partition(marker)[2]
+        elif block.kind == "bash":
+            printed = run(["bash", "-euo", "pipefail", "-c", block.text], tmp_path)
+        elif block.mark == "prints":
+            assert shape(printed) == shape(block.text)
+
+
+def test_generated_pages_are_in_step_with_the_code() -> None:
+    """The settings page and the metrics table are what `python docs/generate.py` writes today."""
+    code = "import runpy; p = runpy.run_path('docs/generate.py')['pages'](); " + (
+        "[print(path) for path, text in p.items() if path.read_text(encoding='utf-8') != text]"
+    )
+    assert run([sys.executable, "-c", code], ROOT) == ""
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    """Every relative link and picture in README and docs names a file that is there."""
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
