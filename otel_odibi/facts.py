@@ -134,7 +134,7 @@ class Distribution(NamedTuple):
     attributes: Mapping[str, str | bool]
     counts: tuple[int, ...]
     sum: float
-    count: int
+    count: int  # type: ignore[assignment]  # the field hides tuple.count, which nobody calls
     min: float
     max: float
     exemplars: tuple[Exemplar, ...] = ()

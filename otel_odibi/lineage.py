@@ -17,9 +17,11 @@ import datetime
 import enum
 import re
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import islice
+from functools import partial
+from itertools import islice, repeat
+from operator import attrgetter, is_, methodcaller
 from types import ModuleType
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -57,8 +59,8 @@ NOTHING: Final = Size(None, None, None)
 class _Kind(NamedTuple):
     """How values of a type are read; None where there is nothing to read. Only containers have `items`."""
 
-    rows: Callable[[Any], int | None] | None = None
-    bytes: Callable[[Any], int | None] | None = None
+    rows: Callable[[Any], int] | None = None
+    bytes: Callable[[Any], int] | None = None
     columns: Callable[[Any], tuple[str, ...] | None] | None = None
     items: Callable[[Any], Iterable[Any]] | None = None
     table: bool = False
@@ -73,20 +75,12 @@ def measure(value: object) -> Size:
     kind = _kind_of(value)
     if kind is _PLAIN or kind is _OPAQUE:
         return NOTHING
-    tables = _tables(_head(kind, value)) if kind.items else None
-    if not tables:
-        return _size(kind, value)
-    if len(value) > FIRST:  # type: ignore[arg-type]  # the sum of a part would be taken for the whole
-        return NOTHING
-    sizes = [_size(_kind_of(table), table) for table in tables]
-    columns = sizes[0].columns if len(sizes) == 1 else None
-    return Size(_sum(size.rows for size in sizes), _sum(size.bytes for size in sizes), columns)
-
-
-def rows(value: object) -> int | None:
-    """Return how many rows a value has, which costs less than `measure`. Never raises."""
-    kind = _kind_of(value)
-    return _rows(kind, value, _head(kind, value))
+    head = _head(kind, value)
+    parts = _parts(value, head) if head else (value,)
+    if len(parts) == 1:
+        return _size(parts[0])
+    sizes = list(map(_size, parts))
+    return Size(_sum(size.rows for size in sizes), _sum(size.bytes for size in sizes), None)
 
 
 def inputs(args: Sequence[object], kwargs: Mapping[str, object]) -> tuple[int | None, tuple[Edge, ...]]:
@@ -101,12 +95,15 @@ def inputs(args: Sequence[object], kwargs: Mapping[str, object]) -> tuple[int | 
         if kind is _PLAIN:
             continue
         head = _head(kind, value) if kind.items else ()
-        count = _rows(kind, value, head)
-        if count is not None:
-            total = count if total is None else total + count
-        if edges is None:
-            edges = {}
-        _collect(edges, value, head)
+        for part in _parts(value, head) if head else (value,):
+            rows = _read(_kind_of(part).rows, part)
+            if rows is not None:
+                total = rows + (total or 0)
+        for item in (value, *head):
+            found = _products.get(id(item))
+            if found is not None and found[0]() is item:
+                edges = edges or {}
+                edges[found[1]] = None
     return total, tuple(edges) if edges else ()
 
 
@@ -125,18 +122,36 @@ def track(value: object, edge: Edge) -> None:
             _remember(item, edge)
 
 
-def producers(values: Iterable[object]) -> tuple[Edge, ...]:
-    """Return the nodes that produced these values or their first items, in order and each once. Never raises."""
-    edges: dict[Edge, None] = {}
-    for value in values:
-        _collect(edges, value, _head(_kind_of(value), value))
-    return tuple(edges)
+def _head(kind: _Kind, value: object) -> tuple[object, ...]:
+    """Return the first items of a container, or none where they hold nothing of interest."""
+    if kind.items is None:
+        return ()
+    try:
+        head = tuple(islice(kind.items(value), FIRST))
+    except RuntimeError:  # another thread changes it meanwhile
+        return ()
+    return () if all(map(is_, map(_kinds.get, map(id, map(type, head))), repeat(_PLAIN))) else head
 
 
-# --- reading one value -----------------------------------------------------------------------------------------------
+def _parts(value: Any, head: tuple[object, ...]) -> Sequence[object]:
+    """Return what makes up a value's size: itself, or the tables in it; nothing where these are not all in its head."""
+    tables = [item for item in head if _kind_of(item).table]
+    if not tables:
+        return (value,)
+    return tables if len(value) <= FIRST else ()  # the sum of a part would be taken for the whole
 
 
-def _read(reader: Callable[[Any], T | None] | None, value: object) -> T | None:
+def _size(value: object) -> Size:
+    kind = _kind_of(value)
+    return Size(_read(kind.rows, value), _read(kind.bytes, value), _read(kind.columns, value))
+
+
+def _sum(numbers: Iterable[int | None]) -> int | None:
+    known = [number for number in numbers if number is not None]
+    return sum(known) if known else None
+
+
+def _read(reader: Callable[[Any], T] | None, value: object) -> T | None:
     if reader is None:
         return None
     try:
@@ -149,48 +164,26 @@ def _read(reader: Callable[[Any], T | None] | None, value: object) -> T | None:
         raise
 
 
-def _size(kind: _Kind, value: object) -> Size:
-    return Size(_read(kind.rows, value), _read(kind.bytes, value), _read(kind.columns, value))
-
-
-def _head(kind: _Kind, value: object) -> tuple[object, ...]:
-    """Return the first items of a container, or none where they hold nothing of interest."""
-    if kind.items is None:
-        return ()
-    try:
-        head = tuple(islice(kind.items(value), FIRST))
-    except RuntimeError:  # another thread changes it meanwhile
-        return ()
-    return () if _plain_ids.issuperset(map(id, map(type, head))) else head
-
-
-def _tables(head: tuple[object, ...]) -> list[object]:
-    return [item for item in head if _kind_of(item).table]
-
-
-def _rows(kind: _Kind, value: Any, head: tuple[object, ...]) -> int | None:
-    tables = _tables(head) if head else None
-    if not tables:
-        return _read(kind.rows, value)
-    return None if len(value) > FIRST else _sum(_read(_kind_of(table).rows, table) for table in tables)
-
-
-def _sum(numbers: Iterable[int | None]) -> int | None:
-    known = [number for number in numbers if number is not None]
-    return sum(known) if known else None
-
-
 # --- readers ---------------------------------------------------------------------------------------------------------
 
 
-def _names(names: Sequence[Any], total: int) -> tuple[str, ...]:
-    """Return as clean text the names kept, out of `total`."""
-    if total > MAX_COLUMNS:
-        return (*_names(names, len(names)), f"…+{total - MAX_COLUMNS}")
-    plain = {str}.issuperset(map(type, names)) and "".join(names).isascii()
-    if plain and max(map(len, names), default=0) <= MAX_NAME:  # all are clean, and looking at each would take 5 us
-        return tuple(names)
-    return tuple(map(_name, names))
+def _names_at(path: str) -> Callable[[Any], tuple[str, ...] | None]:
+    """Make the reader of column names that are kept at that path of attributes, in a sequence or a pandas Index."""
+    get = attrgetter(path)
+
+    def read(value: Any) -> tuple[str, ...] | None:
+        names = get(value)
+        if names is None:  # as of an array without fields
+            return None
+        left_out = len(names) - MAX_COLUMNS
+        kept = names[:MAX_COLUMNS] if left_out > 0 else names
+        kept = kept.tolist() if hasattr(kept, "tolist") else kept
+        plain = {str}.issuperset(map(type, kept)) and "".join(kept).isascii()
+        if not plain or max(map(len, kept), default=0) > MAX_NAME:  # else all are clean, and a look at each takes 5 us
+            kept = map(_name, kept)
+        return (*kept, f"…+{left_out}") if left_out > 0 else tuple(kept)
+
+    return read
 
 
 def _name(name: object) -> str:
@@ -198,23 +191,6 @@ def _name(name: object) -> str:
     if type(name) is not tuple:
         return clean_name(name)
     return clean_name(".".join([clean_name(level) for level in name if type(level) is not str or level]))
-
-
-def _index_names(value: Any) -> tuple[str, ...]:
-    """Read the columns of what keeps them in a pandas Index."""
-    index = value.columns
-    total = len(index)
-    return _names((index if total <= MAX_COLUMNS else index[:MAX_COLUMNS]).tolist(), total)
-
-
-def _list_names(value: Any) -> tuple[str, ...]:
-    names = value.columns
-    return _names(names[:MAX_COLUMNS], len(names))
-
-
-def _schema_names(value: Any) -> tuple[str, ...]:
-    names = value.schema.names
-    return _names(names[:MAX_COLUMNS], len(names))
 
 
 def _own_name(value: Any) -> tuple[str, ...] | None:
@@ -226,58 +202,26 @@ def _own_name(value: Any) -> tuple[str, ...] | None:
 def _frame_bytes(frame: Any) -> int:
     """Read the bytes of a pandas DataFrame: `memory_usage()` makes a Series a column, which takes 15 times as long."""
     try:
-        blocks = frame._mgr.blocks
-        return int(sum([_block_bytes(block.values, len(blocks)) for block in blocks]) + frame.index.nbytes)
+        blocks = [block.values for block in frame._mgr.blocks]
+        arrow = [getattr(block, "_pa_array", None) for block in blocks]
+        sizes = [b.nbytes if a is None else _arrow_bytes(a, len(blocks)) for a, b in zip(arrow, blocks, strict=True)]
+        return int(sum(sizes) + frame.index.nbytes)
     except Exception:  # noqa: BLE001 - not public, so it may change
         return int(frame.memory_usage(deep=False).sum())
 
 
-def _block_bytes(values: Any, blocks: int) -> int:
-    chunks = getattr(values, "_pa_array", None)
-    return int(values.nbytes) if chunks is None else _arrow_bytes(chunks, blocks * chunks.num_chunks)
+def _arrow_bytes(value: Any, columns: int = 1) -> int:
+    """Read Arrow's bytes. `nbytes` is right for slices, but takes 2 us a piece and does not know every type.
 
-
-def _series_bytes(series: Any) -> int:
-    return int(series.nbytes + series.index.nbytes)
-
-
-def _own_bytes(value: Any) -> int:
-    return int(value.nbytes)
-
-
-def _polars_bytes(value: Any) -> int:
-    return int(value.estimated_size())
-
-
-def _arrow_bytes(value: Any, pieces: int = 1) -> int:
-    """Read Arrow's bytes. `nbytes` is right for slices, but takes 2 us a piece and does not know every type."""
+    `columns` is how many there are of a column that is read alone.
+    """
     try:
-        return int(value.nbytes if pieces <= MAX_ARROW_PIECES else value.get_total_buffer_size())
+        width = getattr(value, "num_columns", None)
+        column = value.column(0) if width else value
+        exact = getattr(column, "num_chunks", 1) * (width or columns) <= MAX_ARROW_PIECES
+        return int(value.nbytes if exact else value.get_total_buffer_size())
     except Exception:  # noqa: BLE001 - string views, for one
         return int(value.get_total_buffer_size())
-
-
-def _chunked_bytes(value: Any) -> int:
-    return _arrow_bytes(value, value.num_chunks)
-
-
-def _batch_bytes(value: Any) -> int:
-    return _arrow_bytes(value, value.num_columns)
-
-
-def _table_bytes(value: Any) -> int:
-    width = value.num_columns
-    return _arrow_bytes(value, width * value.column(0).num_chunks if width else 0)
-
-
-def _array_rows(value: Any) -> int | None:
-    shape = value.shape
-    return shape[0] if shape else None
-
-
-def _field_names(value: Any) -> tuple[str, ...] | None:
-    names = value.dtype.names
-    return None if names is None else _names(names[:MAX_COLUMNS], len(names))
 
 
 # --- kinds by type ---------------------------------------------------------------------------------------------------
@@ -286,48 +230,38 @@ _PLAIN: Final = _Kind()
 """Nothing to read, and never remembered."""
 _OPAQUE: Final = _Kind(tracked=True)
 _LAZY: Final = _Kind(table=True)
-_LISTED: Final = _Kind(columns=_list_names, table=True)
-_SCHEMA: Final = _Kind(columns=_schema_names, table=True)
-_LENGTH: Final = _Kind(len)
+_LISTED: Final = _Kind(columns=_names_at("columns"), table=True)
+_SCHEMA: Final = _Kind(columns=_names_at("schema.names"), table=True)
+_POLARS: Final = _Kind(len, methodcaller("estimated_size"), table=True)
+_BUFFERS: Final = _Kind(len, attrgetter("nbytes"), table=True)
+_ARROW: Final = _Kind(len, _arrow_bytes, table=True)
 
 # By "package.Class", or by "full.module.Class" where a package has several classes of that name.
-_BY_NAME: Final[Mapping[str, _Kind]] = {
-    "builtins.list": _Kind(len, items=list.__iter__),
-    "builtins.tuple": _Kind(len, items=tuple.__iter__),
-    "builtins.set": _Kind(len, items=set.__iter__),
-    "builtins.frozenset": _Kind(len, items=frozenset.__iter__),
-    "builtins.dict": _Kind(len, items=dict.values),
-    "builtins.dict_values": _Kind(len, items=iter),
-    "collections.deque": _Kind(len, items=deque.__iter__),
-    "builtins.dict_keys": _LENGTH,
-    "builtins.dict_items": _LENGTH,
-    "builtins.range": _LENGTH,
-    "array.array": _LENGTH,
-    "pandas.DataFrame": _Kind(len, _frame_bytes, _index_names, table=True),
-    "pandas.Series": _Kind(len, _series_bytes, _own_name, table=True),
-    "pandas.Index": _Kind(len, _own_bytes, table=True),
-    "polars.DataFrame": _Kind(len, _polars_bytes, _list_names, table=True),
-    "polars.Series": _Kind(len, _polars_bytes, _own_name, table=True),
-    "polars.LazyFrame": _LAZY,  # even its column names may need files to be opened
-    "pyarrow.Table": _Kind(len, _table_bytes, _schema_names, table=True),
-    "pyarrow.RecordBatch": _Kind(len, _batch_bytes, _schema_names, table=True),
-    "pyarrow.ChunkedArray": _Kind(len, _chunked_bytes, table=True),
-    "pyarrow.Array": _Kind(len, _arrow_bytes, table=True),
-    "pyarrow.Dataset": _SCHEMA,
-    "pyarrow.RecordBatchReader": _SCHEMA,
-    "numpy.ndarray": _Kind(_array_rows, _own_bytes, _field_names, table=True),
-    "duckdb.DuckDBPyRelation": _LISTED,
-    "_duckdb.DuckDBPyRelation": _LISTED,
-    "dask.DataFrame": _Kind(columns=_index_names, table=True),
-    "dask_expr.DataFrame": _Kind(columns=_index_names, table=True),
-    "pyspark.sql.dataframe.DataFrame": _LISTED,
-    "pyspark.sql.classic.dataframe.DataFrame": _LISTED,
-    "pyspark.sql.connect.dataframe.DataFrame": _LAZY,  # its columns cost a call to the server
-    "pyspark.pandas.frame.DataFrame": _LAZY,
-    "pandas.NAType": _PLAIN,
-    "pyarrow.DataType": _PLAIN,
-    "pyarrow.NullScalar": _PLAIN,
-}
+_NAMED: Final = (
+    ("builtins.list", _Kind(len, items=list.__iter__)),
+    ("builtins.tuple", _Kind(len, items=tuple.__iter__)),
+    ("builtins.set", _Kind(len, items=set.__iter__)),
+    ("builtins.frozenset", _Kind(len, items=frozenset.__iter__)),
+    ("builtins.dict", _Kind(len, items=dict.values)),
+    ("builtins.dict_values", _Kind(len, items=iter)),
+    ("collections.deque", _Kind(len, items=deque.__iter__)),
+    ("builtins.dict_keys builtins.dict_items builtins.range array.array", _Kind(len)),
+    ("pandas.DataFrame", _LISTED._replace(rows=len, bytes=_frame_bytes)),
+    ("pandas.Series", _Kind(len, lambda series: int(series.nbytes + series.index.nbytes), _own_name, table=True)),
+    ("pandas.Index", _BUFFERS),
+    ("polars.DataFrame", _POLARS._replace(columns=_LISTED.columns)),
+    ("polars.Series", _POLARS._replace(columns=_own_name)),
+    ("pyarrow.Table pyarrow.RecordBatch", _ARROW._replace(columns=_SCHEMA.columns)),
+    ("pyarrow.ChunkedArray pyarrow.Array", _ARROW),
+    ("pyarrow.Dataset pyarrow.RecordBatchReader", _SCHEMA),
+    ("numpy.ndarray", _BUFFERS._replace(rows=lambda array: array.shape[0], columns=_names_at("dtype.names"))),
+    ("duckdb.DuckDBPyRelation _duckdb.DuckDBPyRelation dask.DataFrame dask_expr.DataFrame", _LISTED),
+    ("pyspark.sql.dataframe.DataFrame pyspark.sql.classic.dataframe.DataFrame", _LISTED),
+    # Columns of the first may need files to be opened, of the second a call to the server.
+    ("polars.LazyFrame pyspark.sql.connect.dataframe.DataFrame pyspark.pandas.frame.DataFrame", _LAZY),
+    ("pandas.NAType pyarrow.DataType pyarrow.NullScalar", _PLAIN),
+)
+_BY_NAME: Final = {name: kind for names, kind in _NAMED for name in names.split()}
 
 # One object of these may stand for many equal values, so it tells nothing about who made it.
 _SHARED: Final = (
@@ -337,41 +271,26 @@ _SHARED: Final = (
 
 # Keyed by identity, as hashing a class may run its metaclass's code; an entry goes before its class does.
 _kinds: Final[dict[int, _Kind]] = {}
-_plain_ids: Final[set[int]] = set()
-_type_refs: Final[dict[int, weakref.ref[type]]] = {}
 
 
 def _kind_of(value: object) -> _Kind:
-    cls = type(value)
-    return _kinds.get(id(cls)) or _learn(cls)
+    return _kinds.get(id(type(value))) or _learn(type(value))
 
 
 def _learn(cls: type) -> _Kind:
     """Decide how values of a type are read, and keep that for as long as the type lives."""
     try:
-        kind = _classify(cls)
+        kind = _named(cls)
+        tracked = kind is not _PLAIN and cls.__weakrefoffset__ != 0 and not issubclass(cls, _SHARED)
     except Exception:  # noqa: BLE001 - a metaclass may raise anything
+        kind, tracked = _PLAIN, False
+    if kind is not _OPAQUE:
+        kind = kind._replace(tracked=True) if tracked else kind
+    elif not tracked:
         kind = _PLAIN
-    key = id(cls)
-
-    def forget(_: object) -> None:
-        _kinds.pop(key, None)
-        _plain_ids.discard(key)
-        _type_refs.pop(key, None)
-
-    _type_refs[key] = weakref.ref(cls, forget)
-    if kind is _PLAIN:
-        _plain_ids.add(key)
-    _kinds[key] = kind
+    weakref.finalize(cls, _kinds.pop, id(cls), None).atexit = False
+    _kinds[id(cls)] = kind
     return kind
-
-
-def _classify(cls: type) -> _Kind:
-    kind = _named(cls)
-    tracked = kind is not _PLAIN and cls.__weakrefoffset__ != 0 and not issubclass(cls, _SHARED)
-    if kind is _OPAQUE or kind is _PLAIN:
-        return _OPAQUE if tracked else _PLAIN
-    return kind._replace(tracked=tracked)
 
 
 def _named(cls: type) -> _Kind:
@@ -394,47 +313,14 @@ def _package(cls: type) -> str:
 # --- producers -------------------------------------------------------------------------------------------------------
 
 
-class _Product(weakref.ref[Any]):
-    """A weak reference to a value, with its producer and the key it is kept under."""
-
-    __slots__ = ("edge", "key")
-    edge: Edge
-    key: int
-
-
 # No lock: each step on the dict is atomic, and a lock would be taken again by the callback that a collection may run
 # inside it. An id is used again only after the callback of its former owner.
-_products: Final[dict[int, _Product]] = {}
-
-
-def _forget(product: weakref.ref[Any]) -> None:
-    key = product.key  # type: ignore[attr-defined]
-    if _products.get(key) is product:
-        _products.pop(key, None)
+_products: Final[OrderedDict[int, tuple[weakref.ref[Any], Edge]]] = OrderedDict()
 
 
 def _remember(value: object, edge: Edge) -> None:
-    product = _Product(value, _forget)
-    product.edge = edge
-    product.key = key = id(value)
+    key = id(value)
     _products.pop(key, None)  # so that it becomes the newest
-    _products[key] = product
+    _products[key] = weakref.ref(value, partial(_products.pop, key)), edge
     if len(_products) > MAX_TRACKED:
-        _forget_oldest()
-
-
-def _forget_oldest() -> None:
-    """Forget a tenth at once, as finding the oldest of a dict takes longer the more were removed before it."""
-    try:
-        oldest = list(islice(_products, MAX_TRACKED // 10 + 1))
-    except RuntimeError:  # another thread changed it; the next value tries again
-        return
-    for key in oldest:
-        _products.pop(key, None)
-
-
-def _collect(edges: dict[Edge, None], value: object, head: tuple[object, ...]) -> None:
-    for item in (value, *head) if head else (value,):
-        product = _products.get(id(item))
-        if product is not None and product() is item:
-            edges[product.edge] = None
+        _products.popitem(last=False)

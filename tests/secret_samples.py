@@ -57,7 +57,7 @@ MARKED = {
     "aws signature": f"Authorization: AWS4-HMAC-SHA256 Credential=x/20260101/s3, Signature=⟦{made_up(64, _HEX)}⟧",
     "gcp api key": f"https://maps.example.com/api?key=⟦AIza{made_up(35)}⟧",
     "gcp oauth": f"refreshed ⟦ya29.{made_up(60)}⟧",
-    "gcp service account": f'{{"private_key": "-----BEGIN PRIVATE KEY-----\\n⟦{_PEM_BODY}⟧\\n-----END PRIVATE KEY-----"}}',
+    "gcp service account": f'{{"key": "-----BEGIN PRIVATE KEY-----\\n⟦{_PEM_BODY}⟧\\n-----END PRIVATE KEY-----"}}',
     "pem": f"-----BEGIN RSA PRIVATE KEY-----\n⟦{_PEM_BODY}⟧\n-----END RSA PRIVATE KEY-----",
     "pem, cut off": f"-----BEGIN OPENSSH PRIVATE KEY-----\n⟦{_PEM_BODY}⟧",
     "jwt": f"claims of ⟦{_JWT}⟧ have expired",
@@ -73,7 +73,7 @@ MARKED = {
     "cookie": f"Cookie: session=⟦{made_up(20)}⟧; csrftoken=⟦{made_up(22)}⟧; theme=⟦{made_up(8)}⟧",
     "set-cookie": f"set-cookie: id=⟦{made_up(20)}⟧; Path=/; HttpOnly",
     "github": f"remote: ⟦ghp_{made_up(36)}⟧ denied",
-    "github, fine-grained": f"⟦github_pat_{made_up(22)}_{made_up(59)}⟧",
+    "github, fine-grained": f"github_pat_⟦{made_up(22)}_{made_up(59)}⟧",
     "gitlab": f"clone with ⟦glpat-{made_up(20)}⟧",
     "slack": f"⟦xoxb-{made_up(12, string.digits)}-{made_up(12, string.digits)}-{made_up(24)}⟧",
     "slack webhook": f"https://hooks.slack.com/services/⟦T{made_up(9)}/B{made_up(9)}/{made_up(24)}⟧",
@@ -187,6 +187,8 @@ SECRETS = {name: _parse(marked) for name, marked in MARKED.items()}
 
 
 def leaked(secrets: tuple[str, ...], output: str) -> list[str]:
-    """Return which pieces of the secrets, six characters long, are to be found in `output`."""
-    pieces = (secret[i : i + 6] for secret in secrets for i in range(0, max(1, len(secret) - 5)))
-    return [piece for piece in pieces if piece in output]
+    """Return which pieces of the secrets, ten characters long, are to be found in `output`."""
+    starts = (
+        (secret, start) for secret in secrets for start in {*range(0, len(secret) - 9, 5), max(0, len(secret) - 10)}
+    )
+    return [piece for secret, start in starts if (piece := secret[start : start + 10]) in output]
