@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
@@ -25,6 +27,27 @@ MAX_REMEMBERED_NODES: Final = 10_000
 
 current: ContextVar[Call | None] = ContextVar("otel_odibi_current", default=None)
 """The innermost run or node under way in this thread or task."""
+
+_collector = 0
+
+
+def _note_collection(phase: str, info: dict[str, int]) -> None:
+    global _collector
+    _collector = threading.get_ident() if phase == "start" else 0
+
+
+if sys.version_info < (3, 12):
+    gc.callbacks.append(_note_collection)
+
+
+def collecting() -> bool:
+    """Tell whether a garbage collection runs this code, as it ends an abandoned generator or calls a `__del__`.
+
+    Before Python 3.12 it may have interrupted a change of a context variable, and another change in there crashes
+    (https://github.com/python/cpython/issues/148891): then nothing is made current.
+    """
+    return _collector != 0 and _collector == threading.get_ident()
+
 
 P = ParamSpec("P")
 C = TypeVar("C", bound="Call")
@@ -49,7 +72,19 @@ def harmless(method: Callable[Concatenate[C, P], None]) -> Callable[Concatenate[
 class Call:
     """What a run and a node share: a span made current, a start, an end. False where nothing is recorded."""
 
-    __slots__ = ("_attributes", "_began", "_outer", "_rt", "_saved", "_tokens", "name", "run", "scope", "span")
+    __slots__ = (
+        "_attributes",
+        "_began",
+        "_ended",
+        "_outer",
+        "_rt",
+        "_saved",
+        "_tokens",
+        "name",
+        "run",
+        "scope",
+        "span",
+    )
 
     def __init__(self, name: str, scope: Any, run: Run | None, rt: Runtime | None, span: Span) -> None:
         self.name = name
@@ -58,6 +93,7 @@ class Call:
         self.span = span
         self._rt = rt
         self._began = 0
+        self._ended = False
         self._attributes: dict[str, Any] | None = None
         self._outer: Call | None = None
         self._tokens: tuple[Any, Any] | None = None
@@ -73,7 +109,7 @@ class Call:
 
     @harmless
     def set(self, /, **attributes: Any) -> None:
-        """Put attributes on the span and, as `metadata`, on the closing log line. Secrets are redacted; never raises."""
+        """Put attributes on the span and, as `metadata`, on the closing log line. Redacts secrets; never raises."""
         clean = self._clean(attributes)
         self._attributes = {**(self._attributes or {}), **clean}
         self.span.set_attributes(clean)
@@ -92,16 +128,18 @@ class Call:
         clean = self._live.cleaner.attribute
         return {clean_name(key): clean(key, value) for key, value in attributes.items()}
 
-    def enter(self) -> None:
-        """Make this call current, and its span where there is one."""
-        self._outer = current.get()
+    def enter(self, outer: Call | None) -> None:
+        """Make this call current inside `outer`, and its span where there is one."""
+        if _collector and collecting():
+            return
+        self._outer = outer
         attached = None if self._rt is None else otel_context.attach(trace.set_span_in_context(self.span))
         self._tokens = (current.set(self), attached)
 
     def leave(self) -> None:
         """Give back what was current before, where that is possible."""
-        tokens, self._tokens = self._tokens, None
-        if tokens is None:
+        tokens = self._tokens
+        if tokens is None or (_collector and collecting()):
             return
         inner = current.get()
         while inner is not self:
@@ -112,19 +150,21 @@ class Call:
             current.reset(tokens[0])
         except ValueError:
             return  # ended in another context than it began in, where neither variable was set
+        self._tokens = None
         if tokens[1] is not None:
             otel_context.detach(tokens[1])
 
     def suspend(self) -> None:
         """Give the caller its own context back while a generator waits, keeping what is current inside it."""
-        if self._rt is not None:
+        if self._rt is not None and not collecting():
             self._saved = (current.get(), otel_context.get_current())
             self.leave()
 
     def resume(self) -> None:
         """Make current again what was current inside when it was suspended."""
-        saved, self._saved = self._saved, None
-        if saved is not None:
+        saved = self._saved
+        if saved is not None and not collecting():
+            self._saved = None
             self._tokens = (current.set(saved[0]), otel_context.attach(saved[1]))
 
     def abandon(self) -> None:
@@ -137,22 +177,21 @@ class Call:
 
     def finish(self, exc: BaseException | None = None, result: object = None) -> None:
         """End the call: measure, tell the listeners, end the span, stop being current. Never raises."""
-        rt = self._rt
+        rt, self._saved = self._rt, None
         try:
             if rt is not None:
                 self._end(rt, exc, result)
         except Exception as error:  # noqa: BLE001 - telemetry never harms
             self._live.on_error("finish", error)
         finally:
+            self._ended = True
             self.leave()
 
     def _end(self, rt: Runtime, exc: BaseException | None, result: object) -> None:
         raise NotImplementedError
 
 
-def record_outcome(
-    rt: Runtime, span: Span, exc: BaseException | None, outcome: Outcome, end: int
-) -> Failure | None:
+def record_outcome(rt: Runtime, span: Span, exc: BaseException | None, outcome: Outcome, end: int) -> Failure | None:
     """Put how a call ended on its span: all of a failure, the type alone of what cancelled it.
 
     A failure is status, `error.type`, and an `exception` event with texts redacted.
@@ -200,15 +239,15 @@ class Run(Call):
         super().__init__(name, scope, self, rt, span)
         self.run_id = run_id
         self.node_attributes = {names.PIPELINE_NAME: name, names.PIPELINE_RUN_ID: run_id}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a collection inside may end an abandoned generator of this very run
         self._counts = {SUCCESS: 0, FAILURE: 0}
         self._last: dict[str, Edge] = {}
         self._started: RunStarted | None = None
 
-    def begin(self, started: RunStarted, began: int) -> None:
+    def begin(self, started: RunStarted, began: int, outer: Call | None) -> None:
         """Become current and say so."""
         self._started, self._began = started, began
-        self.enter()
+        self.enter(outer)
         self._live.emit(started)
 
     @harmless
@@ -256,7 +295,7 @@ class Node(Call):
     """
 
     __slots__ = (
-        "_attempts", "_cache_hit", "_edges", "_last_failure", "_rows_in", "_size", "_skipped", "_started",
+        "_attempts", "_cache_hit", "_edge", "_edges", "_last_failure", "_rows_in", "_size", "_skipped", "_started",
         "engine", "layer",
     )  # fmt: skip
 
@@ -269,17 +308,19 @@ class Node(Call):
         self._started: NodeStarted | None = None
         self._rows_in: int | None = None
         self._edges: tuple[Edge, ...] = ()
+        self._edge: Edge | None = None
         self._size = lineage.NOTHING
         self._cache_hit: bool | None = None
         self._attempts = 0
         self._last_failure: Failure | None = None
         self._skipped: str | None = None
 
-    def begin(self, started: NodeStarted, began: int) -> None:
+    def begin(self, started: NodeStarted, began: int, outer: Call | None) -> None:
         """Become current and say so: the start line is written before the user's code runs."""
         self._started, self._began = started, began
         self._rows_in, self._edges = started.rows_in, started.edges
-        self.enter()
+        self._edge = Edge(self.name, started.trace_id, started.span_id)
+        self.enter(outer)
         self._live.emit(started)
 
     @harmless
@@ -288,18 +329,22 @@ class Node(Call):
 
         `rows` and `bytes` state what cannot be measured. Several outputs add up. Never raises.
         """
-        found = self._measured(value)
-        if rows is not None or bytes is not None:
+        found = self._measure(self._live, value)
+        stated = lineage.Size(_count(rows), _count(bytes), None)
+        if stated != lineage.NOTHING:
             found = found._replace(
-                rows=found.rows if rows is None else rows, bytes=found.bytes if bytes is None else bytes
+                rows=found.rows if stated.rows is None else stated.rows,
+                bytes=found.bytes if stated.bytes is None else stated.bytes,
             )
         self._add(found)
-        self._track(value)
 
-    def _measured(self, value: object) -> lineage.Size:
-        rt = self._live
+    def _measure(self, rt: Runtime, value: object) -> lineage.Size:
+        """Return how big a value is, and remember that this node made it."""
+        if not rt.measure or self._edge is None:
+            return lineage.NOTHING
         try:
-            return lineage.measure(value) if rt.measure else lineage.NOTHING
+            lineage.track(value, self._edge)
+            return lineage.measure(value)
         except Exception as exc:  # noqa: BLE001 - telemetry never harms
             rt.on_error("measure", exc)
             return lineage.NOTHING
@@ -307,20 +352,12 @@ class Node(Call):
     def _add(self, size: lineage.Size) -> None:
         self._size = size if self._size == lineage.NOTHING else _total(self._size, size)
 
-    def _track(self, value: object) -> None:
-        rt, started = self._live, self._started
-        if not rt.measure or started is None:
-            return
-        try:
-            lineage.track(value, Edge(self.name, started.trace_id, started.span_id))
-        except Exception as exc:  # noqa: BLE001 - telemetry never harms
-            rt.on_error("track", exc)
-
     @harmless
     def input(self, value: object = None, *, rows: int | None = None) -> None:
         """Count an input that is no argument: its rows, and an edge from the node that produced it. Never raises."""
         measured, edges = inputs_of(self._live, (value,), {})
-        self._rows_in = _sum(self._rows_in, measured if rows is None else rows)
+        stated = _count(rows)
+        self._rows_in = _sum(self._rows_in, measured if stated is None else stated)
         for edge in edges:
             if edge not in self._edges:
                 self._edges = (*self._edges, edge)
@@ -337,7 +374,7 @@ class Node(Call):
     @harmless
     def skip(self, reason: str = "") -> None:
         """Give this execution the outcome `skipped`, unless it raises. It then records no duration. Never raises."""
-        self._skipped = clean_name(reason)
+        self._skipped = reason
 
     def attempt(self) -> Attempt:
         """Return a context manager around one attempt of a retried node. Works inside any retry library.
@@ -349,40 +386,41 @@ class Node(Call):
     @harmless
     def yielded(self, item: object) -> None:
         """Count an item of a generator: the rows of a table, else one row."""
-        size = self._measured(item)
+        size = lineage.measure(item) if self._live.measure else lineage.NOTHING
         if size.rows is None or size.bytes is None:  # a record or a scalar, not a table
             self._add(_ONE_ROW)
         else:
-            self._add(size)
-            self._track(item)
+            self._add(self._measure(self._live, item))
 
     def _end(self, rt: Runtime, exc: BaseException | None, result: object) -> None:
-        started = self._started
-        if started is None:
+        started, edge = self._started, self._edge
+        if started is None or edge is None:
             return
-        if result is not None:
-            if self._size == lineage.NOTHING:  # else `output` has told already, and it may have been of this very value
-                self._size = self._measured(result)
-            self._track(result)
         duration = rt.tick() - self._began
+        if result is not None:
+            measured = self._measure(rt, result)
+            if self._size is lineage.NOTHING:  # else `output` has told already, and it may have been of this very value
+                self._size = measured
         end = started.time_unix_nano + duration
         outcome = outcome_of(exc)
         if self._skipped is not None and exc is None:
             outcome = SKIPPED
+            if self._skipped:
+                self.set(**{names.NODE_SKIP_REASON: self._skipped})
         failure = None if exc is None else record_outcome(rt, self.span, exc, outcome, end)
         rows, size, columns = self._size
         fact = NodeFinished(
             started, end, duration, outcome, self._attempts or 1, self._rows_in, rows, size, columns, self._cache_hit,
             rt.read_rss(), failure, self._edges, self._attributes,
         )  # fmt: skip
-        self.span.set_attributes(_closing_attributes(fact, self._skipped))
+        self.span.set_attributes(_closing_attributes(fact))
         if self.run is not None:
-            self.run.node_finished(outcome, Edge(self.name, started.trace_id, started.span_id))
+            self.run.node_finished(outcome, edge)
         rt.emit(fact)
         self.span.end(end)
 
 
-def _closing_attributes(fact: NodeFinished, skipped: str | None) -> dict[str, Any]:
+def _closing_attributes(fact: NodeFinished) -> dict[str, Any]:
     attributes: dict[str, Any] = {names.NODE_OUTCOME: fact.outcome, names.NODE_ATTEMPT: fact.attempt}
     if fact.rss is not None:
         attributes[names.NODE_MEMORY_RSS] = fact.rss
@@ -398,17 +436,13 @@ def _closing_attributes(fact: NodeFinished, skipped: str | None) -> dict[str, An
         attributes[names.NODE_CACHE_HIT] = fact.cache_hit
     if fact.edges:
         attributes[names.NODE_DEPENDS_ON] = tuple(dict.fromkeys(edge.node for edge in fact.edges))
-    if skipped:
-        attributes[names.NODE_SKIP_REASON] = skipped
     return attributes
 
 
 _ONE_ROW: Final = lineage.Size(1, None, None)
 
 
-def inputs_of(
-    rt: Runtime, args: Sequence[object], kwargs: Mapping[str, object]
-) -> tuple[int | None, tuple[Edge, ...]]:
+def inputs_of(rt: Runtime, args: Sequence[object], kwargs: Mapping[str, object]) -> tuple[int | None, tuple[Edge, ...]]:
     """Return the rows of a node's inputs and the edges from their producers; nothing where measuring is off."""
     if not rt.measure:
         return None, ()
@@ -421,6 +455,11 @@ def inputs_of(
 
 def _total(a: lineage.Size, b: lineage.Size) -> lineage.Size:
     return lineage.Size(_sum(a.rows, b.rows), _sum(a.bytes, b.bytes), a.columns if a.columns == b.columns else None)
+
+
+def _count(stated: int | None) -> int | None:
+    """Return a stated number as an int, also one of numpy; None where it is negative: a cursor's -1 means unknown."""
+    return None if stated is None or stated < 0 else int(stated)
 
 
 def _sum(a: int | None, b: int | None) -> int | None:
@@ -474,7 +513,8 @@ class Attempt:
     def _start_span(self, rt: Runtime) -> Span:
         attributes: dict[str, str | int] = {names.NODE_NAME: self._node.name, names.NODE_ATTEMPT: self.number}
         span_name = names.ATTEMPT_SPAN.format(number=self.number)
-        return rt.tracer.start_span(span_name, attributes=attributes, start_time=self._start)
+        context = trace.set_span_in_context(self._node.span)  # also in a thread that knows nothing of the node
+        return rt.tracer.start_span(span_name, context, attributes=attributes, start_time=self._start)
 
     def _close(self, rt: Runtime, exc: BaseException | None) -> None:
         if self._token is not None:
@@ -494,12 +534,27 @@ NO_NODE: Final = Node("", "", "", None, None, None, trace.INVALID_SPAN)
 NO_NODE._attempts = 1
 
 
+def innermost() -> Call | None:
+    """Return the call under way here. One that ended in another context is left now that its own is seen again.
+
+    In a copy of its context it stays, as work that was carried elsewhere belongs to it all the same.
+    """
+    call = current.get()
+    while call is not None and call._ended:
+        call.leave()
+        outer = current.get()
+        if outer is call:
+            break
+        call = outer
+    return call
+
+
 def current_node() -> Node:
     """Return the node that runs here, in this thread or task; a falsy one, whose methods do nothing, where none does.
 
     Never raises.
     """
-    call = current.get()
+    call = innermost()
     return call if isinstance(call, Node) else NO_NODE
 
 
@@ -508,5 +563,5 @@ def current_pipeline() -> Run:
 
     Never raises.
     """
-    call = current.get()
+    call = innermost()
     return NO_RUN if call is None or call.run is None else call.run

@@ -9,6 +9,7 @@ of this package never does.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Generic, TypeVar, cast, overload
@@ -17,8 +18,8 @@ from opentelemetry import trace
 from opentelemetry.trace import Link, Span
 
 from otel_odibi import names
-from otel_odibi.calls import Call, Node, Run, current, inputs_of, span_context
-from otel_odibi.clean import DEFAULT, clean_name
+from otel_odibi.calls import Call, Node, Run, current, innermost, inputs_of, span_context
+from otel_odibi.clean import DEFAULT, Cleaner, clean_name
 from otel_odibi.facts import Edge, NodeStarted, RunStarted
 from otel_odibi.runtime import Runtime, live
 from otel_odibi.wrap import wrap
@@ -35,7 +36,9 @@ class Scope(Generic[C]):
 
     def __init__(self, name: str, attributes: Mapping[str, Any] | None) -> None:
         self.name = clean_name(name) if name else ""
-        self._attributes = {clean_name(key): _attribute(key, value) for key, value in (attributes or {}).items()}
+        self._attributes = {
+            clean_name(key): _attribute(DEFAULT, key, value) for key, value in (attributes or {}).items()
+        }
         self._open: list[C] = []
 
     def _start(self, rt: Runtime, args: Sequence[object], kwargs: Mapping[str, object]) -> C:
@@ -65,24 +68,30 @@ class Scope(Generic[C]):
     def __enter__(self) -> C:
         call = self._begin(self._inputs_of_block(), _NOTHING)
         if call is None:
-            call = self._idle(current.get())
-            call.enter()
+            outer = innermost()
+            call = self._idle(outer)
+            call.enter(outer)
         self._open.append(call)
         return call
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
-        call = self._take(current.get())
+        here = current.get()
+        if here is not None and here.scope is not self:
+            here = None
+        call = self._take(here)
         if call is not None:
             call.finish(exc)
+        if here is not None and here is not call:
+            here.leave()
 
     def _take(self, here: Call | None) -> C | None:
         """Take from the open calls the one that ends: the current one, where it is one of them, else the newest."""
         try:
-            if here is not None and here.scope is self:
-                self._open.remove(cast(C, here))
-                return cast(C, here)
-            return self._open.pop()  # left in another context than entered: a fixture, a callback
-        except (ValueError, IndexError):
+            if here in self._open:  # nearly always; not where another, left in another context, was taken for it
+                self._open.remove(here)
+                return here
+            return self._open.pop()  # left in another context than entered: by a fixture, a callback
+        except (ValueError, IndexError):  # another thread was faster
             return None
 
     async def __aenter__(self) -> C:
@@ -112,13 +121,15 @@ def _names_of(fn: Callable[..., Any]) -> tuple[str, str]:
     return owner.__name__, clean_name(f"{module}.{owner.__qualname__}" if module else owner.__qualname__)
 
 
-def _attribute(key: str, value: object) -> Any:
-    clean = DEFAULT.attribute(key, value)
+def _attribute(cleaner: Cleaner, key: str, value: object) -> Any:
+    clean = cleaner.attribute(key, value)
     return tuple(clean) if isinstance(clean, list) else clean
 
 
 def _values(inputs: Any) -> tuple[object, ...]:
     """Return the inputs given, or what was given in their place as the one input."""
+    if type(inputs) is tuple:
+        return inputs
     try:
         return () if inputs is None else tuple(inputs)
     except Exception:  # noqa: BLE001 - telemetry never harms
@@ -151,7 +162,7 @@ class NodeScope(Scope[Node]):
         self.engine = clean_name(engine) if engine else ""
         self._inputs = _values(inputs)
         declared = (depends_on,) if isinstance(depends_on, str) else _values(depends_on)
-        self._depends_on = tuple(dict.fromkeys(clean_name(node) for node in declared))
+        self._depends_on = tuple(dict.fromkeys(map(clean_name, declared))) if declared else ()
         self._label = self.name or "node"
         self._span_name = names.NODE_SPAN.format(name=self._label)
         own = ((names.NODE_NAME, self._label), (names.NODE_LAYER, self.layer), (names.NODE_ENGINE, self.engine))
@@ -174,12 +185,15 @@ class NodeScope(Scope[Node]):
         return self._inputs
 
     def _start(self, rt: Runtime, args: Sequence[object], kwargs: Mapping[str, object]) -> Node:
-        outer = current.get()
+        outer = innermost()
         run = None if outer is None else outer.run
         rows_in, edges = inputs_of(rt, args, kwargs) if args or kwargs else (None, ())
         if self._depends_on:
             edges = self._with_declared(run, edges)
-        attributes = self._attributes if run is None else {**run.node_attributes, **self._attributes}
+        thread = threading.current_thread()
+        attributes = {**self._attributes, names.THREAD_ID: thread.ident, names.THREAD_NAME: thread.name}
+        if run is not None:
+            attributes.update(run.node_attributes)
         links = [Link(span_context(edge)) for edge in edges if edge.span_id] if edges else None
         began, now = rt.tick(), rt.clock()
         span = rt.tracer.start_span(self._span_name, attributes=attributes, links=links, start_time=now)
@@ -189,7 +203,7 @@ class NodeScope(Scope[Node]):
             context.trace_id, context.span_id, _parent_of(span), context.trace_flags, now, rows_in, edges,
         )  # fmt: skip
         node = Node(self._label, self.layer, self.engine, self, run, rt, span)
-        node.begin(started, began)
+        node.begin(started, began, outer)
         return node
 
     def _with_declared(self, run: Run | None, edges: tuple[Edge, ...]) -> tuple[Edge, ...]:
@@ -216,8 +230,9 @@ class PipelineScope(Scope[Run]):
         return call
 
     def _start(self, rt: Runtime, args: Sequence[object], kwargs: Mapping[str, object]) -> Run:
+        outer = innermost()
         run_id, name = rt.new_run_id(), self.name or "pipeline"
-        given = {key: rt.cleaner.attribute(key, value) for key, value in self._attributes.items()}
+        given = {key: _attribute(rt.cleaner, key, value) for key, value in self._attributes.items()}
         began, now = rt.tick(), rt.clock()
         span = rt.tracer.start_span(
             names.PIPELINE_SPAN.format(name=name),
@@ -230,7 +245,7 @@ class PipelineScope(Scope[Run]):
             given or None,
         )  # fmt: skip
         run = Run(name, run_id, self, rt, span)
-        run.begin(started, began)
+        run.begin(started, began, outer)
         return run
 
     def skip(self, node: str, reason: str, layer: str, engine: str) -> None:

@@ -26,6 +26,8 @@ from otel_odibi.clean import DEFAULT, clean_name
 
 _SAMPLED: Final = TraceFlags(TraceFlags.SAMPLED)
 _SAMPLED_RANDOM: Final = TraceFlags(TraceFlags.SAMPLED | TraceFlags.RANDOM_TRACE_ID)
+_CHILD_FLAGS: Final = (None, _SAMPLED, None, _SAMPLED_RANDOM)
+"""A child's flags by the two of its parent's that OpenTelemetry knows; None where the parent is not sampled."""
 _UNSET: Final = Status(StatusCode.UNSET)
 _PLAIN: Final = frozenset((str, int, bool, float))
 _NO_ATTRIBUTES: Final = BoundedAttributes()
@@ -70,7 +72,9 @@ class LeanSpan(ReadableSpan, api.Span):
         if len(self._attributes) > tracer.max_attributes:
             self._bound_attributes()
         if links:
-            self._links = tracer.links(links)
+            self._links = self._clean_links(links)
+            if len(self._links) > tracer.max_links:
+                self._links = BoundedList.from_seq(tracer.max_links, self._links)
 
     def get_span_context(self) -> SpanContext:
         """Return the span's identity."""
@@ -82,8 +86,14 @@ class LeanSpan(ReadableSpan, api.Span):
 
     def set_attributes(self, attributes: Mapping[str, Any]) -> None:
         """Set several attributes; see `set_attribute`."""
+        own = self._attributes
+        roomy = self._end_time is None and len(own) + len(attributes) <= self._tracer.max_attributes
         for key, value in attributes.items():
-            self.set_attribute(key, value)
+            if roomy and type(value) in _PLAIN and type(key) is str and key and key not in own:
+                own[key] = value  # nearly always: this saves a call for each
+            else:
+                self.set_attribute(key, value)
+                own = self._attributes
 
     def set_attribute(self, key: str, value: Any) -> None:
         """Set an attribute, unless the span has ended."""
@@ -94,28 +104,43 @@ class LeanSpan(ReadableSpan, api.Span):
         attributes = self._attributes
         if key in attributes:
             del attributes[key]  # so that it becomes the newest
-        elif type(attributes) is dict and (len(attributes) >= self._tracer.max_attributes or not key):
+        elif len(attributes) >= self._tracer.max_attributes or not key or type(key) is not str:
             attributes = self._bound_attributes()
         attributes[key] = value
 
     def _bound_attributes(self) -> BoundedAttributes:
-        """Hold the attributes as the SDK does, now that some must go."""
-        self._attributes = bounded = BoundedAttributes(self._tracer.limits.max_span_attributes, self._attributes, False)
+        """Hold the attributes as the SDK does from now on, as one of them must go."""
+        if type(self._attributes) is dict:
+            limit = self._tracer.limits.max_span_attributes
+            self._attributes = BoundedAttributes(limit, self._attributes, immutable=False)
+        bounded: BoundedAttributes = self._attributes
         return bounded
 
     def add_event(self, name: str, attributes: Mapping[str, Any] | None = None, timestamp: int | None = None) -> None:
         """Add an event, unless the span has ended."""
         if self._end_time is not None:
             return
-        if not self._events:
+        if type(self._events) is tuple:  # the first one
             self._events = BoundedList(self._tracer.limits.max_events)
         bounded = _bounded(attributes, self._tracer.limits.max_event_attributes)
         self._events.append(Event(name, bounded, timestamp))
 
     def add_link(self, context: SpanContext, attributes: Mapping[str, Any] | None = None) -> None:
         """Add a link, unless the span has ended."""
-        if self._end_time is None:
-            self._links = self._tracer.links((*self._links, Link(context, attributes)))
+        if self._end_time is not None:
+            return
+        if type(self._links) is not BoundedList:
+            self._links = BoundedList.from_seq(self._tracer.limits.max_links, self._links)
+        self._links.extend(self._clean_links((Link(context, attributes),)))
+
+    def _clean_links(self, links: Sequence[Link]) -> list[Link]:
+        """Return the links that lead somewhere, with their attributes cleaned."""
+        limit = self._tracer.limits.max_link_attributes
+        return [
+            Link(link.context, _bounded(link.attributes, limit))
+            for link in links
+            if link.context.is_valid or link.attributes or link.context.trace_state
+        ]
 
     def update_name(self, name: str) -> None:
         """Rename the span, unless it has ended."""
@@ -189,6 +214,7 @@ class LeanTracer(api.Tracer):
         self.scope = tracer._instrumentation_scope
         self.limits = limits = tracer._span_limits
         self.max_attributes = sys.maxsize if limits.max_span_attributes is None else limits.max_span_attributes
+        self.max_links = sys.maxsize if limits.max_links is None else limits.max_links
         self._ids = tracer.id_generator
         self._new_flags = _SAMPLED_RANDOM if tracer.id_generator.is_trace_id_random() else _SAMPLED
         self._lean = (
@@ -197,9 +223,6 @@ class LeanTracer(api.Tracer):
             and limits.max_span_attribute_length is None
             and type(tracer._tracer_metrics).__name__ == "NoOpTracerMetrics"
         )
-
-    def links(self, links: Sequence[Link]) -> Sequence[Link]:
-        """Return the links that lead somewhere, cleaned and within the limit."""
 
     def start_span(
         self,
@@ -213,3 +236,29 @@ class LeanTracer(api.Tracer):
         set_status_on_exception: bool = True,
     ) -> api.Span:
         """Start a span; the attributes must be clean."""
+        tracer = self.sdk
+        parent: SpanContext | None = api.get_current_span(context).get_span_context()
+        flags: TraceFlags | None = self._new_flags
+        if parent is not None:
+            if parent.is_valid:
+                flags = _CHILD_FLAGS[parent.trace_flags & 3]
+            else:
+                parent = None
+        usual = record_exception and set_status_on_exception and self._lean and tracer._is_enabled()
+        if flags is None or not usual:
+            return tracer.start_span(
+                name, context, kind, attributes, links, start_time, record_exception, set_status_on_exception
+            )
+        if parent is None:
+            trace_id, state = self._ids.generate_trace_id(), None
+        else:
+            trace_id, state = parent.trace_id, parent.trace_state
+        identity = SpanContext(trace_id, self._ids.generate_span_id(), False, flags, state)
+        began = time.time_ns() if start_time is None else start_time
+        span = LeanSpan(self, name, identity, parent, kind, attributes, links, began)
+        tracer.span_processor.on_start(span, parent_context=context)  # type: ignore[arg-type]
+        return span
+
+    def start_as_current_span(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Start a span and make it current for a block, as the SDK's tracer does."""
+        return self.sdk.start_as_current_span(name, *args, **kwargs)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from types import CoroutineType
 from typing import Any
 
@@ -60,11 +61,23 @@ def _sync(fn: Function, begin: Begin) -> Function:
     return wrapper
 
 
-def _later(call: Call, coroutine: CoroutineType[Any, Any, Any]) -> CoroutineType[Any, Any, Any]:
+def _later(call: Call, coroutine: CoroutineType[Any, Any, Any]) -> Any:
     call.suspend()
-    later = _finish_later(call, coroutine)
-    weakref.finalize(later, call.abandon).atexit = False  # a task cancelled before its first step never enters it
+    later: Any = _finish_later(call, coroutine)
+    later.__qualname__ = coroutine.__qualname__  # as Python names it where nobody awaits it
+    _end_with(later, call, coroutine)  # a task cancelled before its first step never enters it
     return later
+
+
+def _end_with(work: object, call: Call, coroutine: CoroutineType[Any, Any, Any] | None = None) -> None:
+    """End the call when `work` is gone, should it be suspended then."""
+
+    def gone() -> None:
+        if coroutine is not None:
+            coroutine.close()  # so that it is not called forgotten; most often it has ended
+        call.abandon()
+
+    weakref.finalize(work, gone).atexit = False
 
 
 async def _finish_later(call: Call, coroutine: CoroutineType[Any, Any, Any]) -> Any:
@@ -128,11 +141,14 @@ def _async_generator(fn: Function, begin: Begin) -> Function:
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
         call = begin(args, kwargs) or NO_NODE
         sent: Any = None
+        waiting: Any = None
         try:
             generator = fn(*args, **kwargs)
-            step = generator.asend
+            if call:
+                _end_with(generator, call)  # an event loop may end before it has closed what was forgotten
+            waiting = _begun(generator)
             while True:
-                item = await step(sent)
+                item = await waiting
                 call.yielded(item)
                 call.suspend()
                 try:
@@ -140,12 +156,23 @@ def _async_generator(fn: Function, begin: Begin) -> Function:
                 except BaseException as exc:  # noqa: BLE001 - as above
                     step, sent = generator.athrow, exc
                 call.resume()
+                waiting = step(sent)
         except StopAsyncIteration:
             call.finish(sent if isinstance(sent, GeneratorExit) else None)
         except BaseException as exc:
             call.finish(exc)
             raise
         finally:
-            sent = None
+            sent = waiting = None
 
     return wrapper
+
+
+def _begun(generator: AsyncGenerator[Any, Any]) -> Awaitable[Any]:
+    """Ask for the first item, unseen by the event loop: what it closes at its end is the wrapper, and that alone."""
+    hooks = sys.get_asyncgen_hooks()
+    sys.set_asyncgen_hooks(firstiter=None, finalizer=lambda forgotten: None)
+    try:
+        return generator.asend(None)
+    finally:
+        sys.set_asyncgen_hooks(*hooks)
