@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,6 +64,12 @@ def drops():
 
 def line(number, **fields):
     return orjson.dumps({"i": number, **fields}) + b"\n"
+
+
+def leave(path, content, age=3600):
+    """Make a file as a process that died some time ago would have left it."""
+    path.write_bytes(content)
+    os.utime(path, (time.time() - age,) * 2)
 
 
 def numbers(directory, name="flights"):
@@ -123,6 +130,20 @@ def test_a_file_held_by_another_process_is_left_to_it(make, tmp_path):
     assert later.path.name == "flights.jsonl"
     later.write(line(2))
     assert numbers(tmp_path) == [1, 2]
+
+
+def test_a_file_rotated_between_opening_and_locking_is_not_taken(make, tmp_path, monkeypatch):
+    """Another process renamed it and let go of it just then: it is a segment now, and nothing may be added to it."""
+    (tmp_path / "flights.jsonl").write_bytes(line(1))
+    lock = segments._lock
+
+    def late(fd):
+        monkeypatch.setattr(segments, "_lock", lock)
+        (tmp_path / "flights.jsonl").rename(tmp_path / "flights.000001.jsonl")
+        return lock(fd)
+
+    monkeypatch.setattr(segments, "_lock", late)
+    assert make().path.name == pid_file()
 
 
 def test_a_later_sink_appends(make, tmp_path):
@@ -266,7 +287,8 @@ def test_a_descriptor_that_became_another_file_is_not_closed(make, tmp_path, clo
         clock.now += 2
         assert sink.write(line(1))
         assert numbers(tmp_path) == [1]
-        os.close(stolen)  # still open, so nobody closed it
+        assert os.path.samestat(os.fstat(stolen), os.fstat(theirs.fileno()))
+        os.close(stolen)
     assert (tmp_path / "theirs").read_bytes() == b""
 
 
@@ -395,7 +417,9 @@ def test_a_record_larger_than_the_limit_is_written_whole(make, tmp_path):
     sink = make(max_bytes=50)
     for number in range(3):
         assert sink.write(line(number, text="x" * 1000))
+    sink.flush()
     assert numbers(tmp_path) == [0, 1, 2]
+    assert names(tmp_path) == ["flights.000001.jsonl.gz", "flights.000002.jsonl.gz", "flights.jsonl"]
 
 
 def test_an_empty_file_is_not_rotated(make, tmp_path):
@@ -446,7 +470,7 @@ def test_rotation_that_fails_is_tried_again_later(make, tmp_path, clock, monkeyp
     clock.now += 2
     sink.write(line(6))
     sink.flush()
-    assert names(tmp_path) == ["flights.000002.jsonl.gz", "flights.jsonl"]
+    assert names(tmp_path) == ["flights.000001.jsonl.gz", "flights.jsonl"]
     assert numbers(tmp_path) == list(range(7))
 
 
@@ -546,6 +570,21 @@ def test_numbers_go_on_when_retention_leaves_nothing(make, tmp_path):
     assert names(tmp_path) == ["flights.jsonl"]
 
 
+def test_a_segment_deleted_during_its_compression_stays_deleted(make, tmp_path, monkeypatch):
+    """Retention, of this process or another, may be quicker than compression."""
+    sink, deflate = make(), segments.Segments._deflate
+
+    def slow(self, source, target):
+        (tmp_path / "flights.000001.jsonl").unlink()
+        return deflate(self, source, target)
+
+    monkeypatch.setattr(segments.Segments, "_deflate", slow)
+    sink.write(line(1))
+    sink.rotate()
+    sink.flush()
+    assert names(tmp_path) == ["flights.jsonl"]
+
+
 # --- what a crash leaves ---------------------------------------------------------------------------------------------
 
 
@@ -576,12 +615,13 @@ def test_a_crash_before_compression(make, tmp_path):
 
 def test_a_crash_after_a_number_was_taken(make, tmp_path):
     """The empty file that takes a number hides no compressed segment, and goes away."""
-    (tmp_path / "flights.000001.jsonl").write_bytes(b"")
-    (tmp_path / "flights.000001.jsonl.gz").write_bytes(gzip.compress(line(1)))
-    (tmp_path / "flights.000002.jsonl").write_bytes(b"")
+    leave(tmp_path / "flights.000001.jsonl", b"")
+    leave(tmp_path / "flights.000001.jsonl.gz", gzip.compress(line(1)))
+    leave(tmp_path / "flights.000002.jsonl", b"")
+    leave(tmp_path / "flights.000003.jsonl", b"", age=0)  # may be that of a live process, which is about to lock it
     assert numbers(tmp_path) == [1]
     make().flush()
-    assert names(tmp_path) == ["flights.000001.jsonl.gz", "flights.jsonl"]
+    assert names(tmp_path) == ["flights.000001.jsonl.gz", "flights.000003.jsonl", "flights.jsonl"]
 
 
 def test_what_a_live_process_is_compressing_is_left_to_it(make, tmp_path):
@@ -599,14 +639,14 @@ def test_what_a_live_process_is_compressing_is_left_to_it(make, tmp_path):
 def test_the_file_of_a_dead_process_becomes_a_segment(make, tmp_path):
     """So that retention reaches it. The file of a live process stays, and so does one of another service."""
     (tmp_path / "flights.999999999.jsonl").write_bytes(line(1))
-    (tmp_path / "flights.999999998-2.jsonl").write_bytes(b"")
+    leave(tmp_path / "flights.999999998-2.jsonl", b"")
     (tmp_path / "flights.x.999999999.jsonl").write_bytes(line(1))
     live = [make() for _ in range(2)]
     live[1].write(line(2))
     for sink in live:  # whichever of them does it
         sink.flush()
     assert names(tmp_path) == sorted(
-        ["flights.000001.jsonl.gz", "flights.jsonl", live[1].path.name, "flights.x.999999999.jsonl"]
+        ["flights.000001.jsonl.gz", "flights.jsonl", pid_file(), "flights.x.999999999.jsonl"]
     )
     assert numbers(tmp_path) == [1, 2]
 
@@ -638,7 +678,7 @@ def test_a_killed_process_loses_and_doubles_nothing(make, tmp_path, kills):
     for life in range(kills):
         process = spawn.Process(target=_write_until_killed, args=(tmp_path, life))
         process.start()
-        while not any(b'"life":%d' % life in text for path in files(tmp_path, "flights") for text in read_lines(path)):
+        while not any(b'"life":%d,' % life in text for text in read_lines(tmp_path / "flights.jsonl")):
             process.join(0.01)
         process.join(0.05 + life % 7 * 0.013)
         process.kill()
@@ -700,7 +740,10 @@ def test_a_forked_child_can_rotate(make, tmp_path):
     with child(lambda: (sink.write(line(2)), sink.rotate(), sink.flush())):
         pass
     sink.flush()
-    assert [name for name in names(tmp_path) if "00" in name] == ["flights.000001.jsonl.gz", "flights.000002.jsonl.gz"]
+    assert [name for name in names(tmp_path) if name.endswith(".gz")] == [
+        "flights.000001.jsonl.gz",
+        "flights.000002.jsonl.gz",
+    ]
     assert sorted(numbers(tmp_path)) == [1, 2]
 
 
@@ -714,6 +757,20 @@ def test_a_child_that_does_not_write_does_not_keep_the_file_locked(make, tmp_pat
         assert make().path == sink.path
         os.close(writer)
     os.close(reader)
+
+
+@needs_fork
+def test_a_child_that_outlives_its_parent_does_not_keep_the_file_locked(make, tmp_path):
+    """A parent that is killed unlocks nothing itself, so its children must have let go at the fork."""
+    code = "import os, sys; from otel_odibi.exporters.jsonl import JsonlSink; from pathlib import Path\n"
+    code += "sink = JsonlSink(Path(sys.argv[1]), 'flights')\n"
+    code += "if os.fork() == 0: print('ready', flush=True); sys.stdin.read(); os._exit(0)\n"
+    code += "os._exit(0)"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout.readline() == b"ready\n"
+        parent.wait()
+        assert make().path.name == "flights.jsonl"
 
 
 @needs_fork
@@ -897,10 +954,13 @@ def test_a_long_compressed_file_cut_short_gives_most_of_itself(tmp_path):
     assert len(found) > 20_000
 
 
-def test_a_segment_compressed_since_it_was_listed_is_found(tmp_path):
-    """A reader that holds the plain name reads the compressed file."""
-    (tmp_path / "flights.000001.jsonl.gz").write_bytes(gzip.compress(line(1)))
+def test_a_segment_compressed_since_it_was_listed_is_found(tmp_path, monkeypatch):
+    """A reader that holds the plain name reads the compressed file, and `files` itself may be the reader."""
+    packed = tmp_path / "flights.000001.jsonl.gz"
+    packed.write_bytes(gzip.compress(line(1)))
     assert list(read_lines(tmp_path / "flights.000001.jsonl")) == [line(1)]
+    monkeypatch.setattr(os, "listdir", lambda path: ["flights.000001.jsonl"])
+    assert files(tmp_path, "flights") == [packed]
 
 
 @pytest.mark.parametrize("path", ["missing.jsonl", "missing.jsonl.gz", "", "nul\0.jsonl"])

@@ -18,9 +18,10 @@ from urllib.request import url2pathname
 
 from otel_odibi.clean import DEFAULT
 from otel_odibi.errors import SettingError
+from otel_odibi.names import SCOPE
 
 OnDrop = Callable[[str, int], None]
-_log: Final = logging.getLogger(__name__)
+_log: Final = logging.getLogger(SCOPE)
 _REMOTE: Final = re.compile(r"[a-z][a-z0-9+.\-]+://", re.IGNORECASE)
 _REASONS: Final = {
     errno.ENOSPC: "disk_full", errno.EDQUOT: "disk_full", errno.EROFS: "read_only", errno.EACCES: "permission_denied",
@@ -77,7 +78,9 @@ class Target:
         if self._where.lower().startswith("file://"):
             self.directory = Path(url2pathname(urlsplit(self._where).path))
         elif not _REMOTE.match(self._where):
-            self.directory = Path(self._where).absolute()  # a later chdir must not move the files
+            self.directory = Path(self._where)
+            with contextlib.suppress(OSError):  # a later chdir must not move the files
+                self.directory = self.directory.absolute()
         self._remote: tuple[Any, str] | None = None
 
     def __str__(self) -> str:
@@ -93,12 +96,8 @@ class Target:
             make_directory(path.parent)
             replace_file(path, data)
             return
-        if self._remote is None:
-            from pyarrow.fs import FileSystem
-
-            self._remote = FileSystem.from_uri(self._where)
-        filesystem, base = self._remote
-        with filesystem.open_output_stream(f"{base}/{name}") as stream:
+        filesystem, base = self._remote = self._remote or _connect(self._where)
+        with filesystem.open_output_stream(f"{base.rstrip('/')}/{name}") as stream:
             stream.write(data)
 
     def describe(self, exc: BaseException) -> str:
@@ -108,6 +107,15 @@ class Target:
     def forget(self) -> None:
         """Connect anew on the next write; for a forked child."""
         self._remote = None
+
+
+def _connect(uri: str) -> tuple[Any, str]:
+    from pyarrow.fs import FileSystem
+
+    if uri.lower().startswith("s3://"):
+        with contextlib.suppress(ValueError):  # pyarrow 14 knows no other way than a multipart upload, three requests
+            return FileSystem.from_uri(f"{uri}{'&' if '?' in uri else '?'}allow_delayed_open=true")  # type: ignore[no-any-return]
+    return FileSystem.from_uri(uri)  # type: ignore[no-any-return]
 
 
 def _path(where: Any) -> str:
@@ -164,7 +172,8 @@ class Outbox:
                 raise
             self._reason, self._retry_at = reason_of(exc), time.monotonic() + _RETRY_SECONDS
             if not failing:
-                _log.warning("cannot write to %s, will try again: %s", self.target, self.target.describe(exc))
+                with contextlib.suppress(Exception):  # a host's logging handler may raise
+                    _log.warning("cannot write to %s, will try again: %s", self.target, self.target.describe(exc))
             return False
         self._retry_at = 0.0
         return True

@@ -15,7 +15,6 @@ import stat
 import sys
 import threading
 import time
-import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +23,8 @@ from typing import BinaryIO, Final
 import orjson
 
 from otel_odibi.errors import SettingError
-from otel_odibi.exporters.segments import NO_LOCKS, Segments, acquire, is_at, parse, pattern, release, safe_name
+from otel_odibi.exporters.segments import NO_LOCKS, Segments, acquire, is_at, packed, parse, pattern, release, safe_name
+from otel_odibi.forks import after_fork
 
 __all__ = ["JsonlSink", "files", "read_lines", "safe_name"]
 
@@ -58,7 +58,11 @@ def files(directory: Path, name: str | None = None, suffix: str = ".jsonl") -> l
     for found in parse(entries, pattern(suffix, name)):
         path = directory / found.entry
         with contextlib.suppress(OSError):
-            info = path.stat()
+            try:
+                info = path.stat()
+            except FileNotFoundError:  # compressed since it was listed
+                path = packed(path)
+                info = path.stat()
             # An empty segment is a number being taken; it must not hide anything.
             if stat.S_ISREG(info.st_mode) and (found.is_active or info.st_size):
                 age = info.st_mtime_ns if found.is_active else 0
@@ -91,7 +95,7 @@ def _opened(path: Path) -> BinaryIO | gzip.GzipFile:
         try:
             return open(path, "rb")
         except FileNotFoundError:
-            path = path.with_name(path.name + ".gz")
+            path = packed(path)
     return gzip.open(path, "rb")
 
 
@@ -172,7 +176,7 @@ class JsonlSink:
         self._lock = threading.RLock()
         self._open()
         self._segments.wake(if_needed=True)
-        _sinks.add(self)
+        after_fork(self._forked)
 
     def write(self, line: bytes) -> bool:
         """Append one record, which ends in a newline. True: it is with the operating system. False: it was dropped."""
@@ -318,15 +322,3 @@ class JsonlSink:
         self._let_go(unlock=False)
         self._segments.forked()
         self._check_at = math.inf if self._closed else 0.0
-
-
-_sinks: weakref.WeakSet[JsonlSink] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for sink in list(_sinks):
-        sink._forked()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

@@ -19,7 +19,6 @@ import os
 import threading
 import time
 import uuid
-import weakref
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
@@ -42,11 +41,13 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 from otel_odibi.errors import SettingError
 from otel_odibi.exporters.files import OnDrop, Outbox, Target
+from otel_odibi.forks import after_fork
 
 # Rows are turned into Arrow by the thousand: less costs more a row, more holds the interpreter too long at a time.
 _BATCH: Final = 1_000
 _MAX_BYTES: Final = 256 * 2**20
 _DAY: Final = 86_400 * 10**9
+_LATEST: Final = 2**63 - 1
 _FOLDERS: Final[Mapping[type, str]] = {
     Gauge: "metrics/gauge",
     Sum: "metrics/sum",
@@ -61,7 +62,7 @@ def __getattr__(name: str) -> Any:
     folder = "spans" if table == "SPAN" else f"metrics/{table.lower()}"
     if end != "SCHEMA" or folder not in ("spans", *_FOLDERS.values()):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from otel_odibi.exporters.columns import SCHEMAS
+    from otel_odibi.exporters.tables import SCHEMAS
 
     return SCHEMAS[folder]
 
@@ -85,16 +86,16 @@ class _Roller:
     """
 
     def __init__(self, target: str | Path | None, rows: int, seconds: float, on_drop: OnDrop | None) -> None:
-        if not rows >= 1:
+        if not (isinstance(rows, int) and rows >= 1):
             raise SettingError("rows", rows, "not a number of rows", "give 1 or more")
-        if not seconds > 0:
+        if not (isinstance(seconds, (int, float)) and seconds > 0):
             raise SettingError("seconds", seconds, "not a time", "give a number of seconds above 0")
         self._rows, self._seconds, self._on_drop = rows, seconds, on_drop
         self._outbox = Outbox(Target(_default_target() if target is None else target), 3 * rows, self._drop)
         self._closed = False
         self._lost = 0
         self.forked()
-        _rollers.add(self)
+        after_fork(self.forked)
 
     def forked(self) -> None:
         """Start empty: what was here is the parent's."""
@@ -117,6 +118,13 @@ class _Roller:
                 self._take(folder, rows[start:end])
                 start = end
             return self._on_drop is not None or self._lost == lost
+
+    def tick(self) -> None:
+        """Write what has waited long enough, though nothing new comes."""
+        with self._lock:
+            if time.monotonic() - self._oldest >= self._seconds:
+                self._roll()
+                self._outbox.send()
 
     def flush(self) -> bool:
         """Write everything now; True where that was done. What could not be written stays for the next try."""
@@ -160,7 +168,7 @@ class _Roller:
     def _readable(self, folder: str, rows: list[Any]) -> list[Any]:
         """Return the rows as record batches; halve until those that cannot be read are alone, and drop them."""
         try:
-            from otel_odibi.exporters.columns import to_batch
+            from otel_odibi.exporters.tables import to_batch
 
             return [to_batch(folder, rows)]
         except ImportError:
@@ -182,7 +190,7 @@ class _Roller:
         for (folder, day), batches in found.items():
             rows = sum(batch.num_rows for batch in batches)
             try:
-                from otel_odibi.exporters.columns import to_parquet
+                from otel_odibi.exporters.tables import to_parquet
 
                 if rows:
                     self._outbox.put(_file_name(folder, day), to_parquet(batches), rows)
@@ -205,10 +213,10 @@ _TIMES: Final = {"spans": attrgetter("start_time"), **dict.fromkeys(_FOLDERS.val
 
 
 def _day(folder: str, row: Any) -> int:
-    """Return the row's UTC day since 1970; 0 for a time that no Parquet timestamp can hold."""
+    """Return the row's UTC day since 1970; any day for a row without a time, which is unreadable anyway."""
     try:
         nanoseconds: int = _TIMES[folder](row)
-        return nanoseconds // _DAY if 0 <= nanoseconds < 2**63 else 0
+        return min(max(nanoseconds, -_LATEST), _LATEST) // _DAY
     except (AttributeError, TypeError):
         return 0
 
@@ -220,24 +228,12 @@ def _file_name(folder: str, day: int) -> str:
     return f"{folder}/date={date}/{stamp}.{now % 10**9:09d}Z-{uuid.uuid4().hex[:16]}.parquet"
 
 
-_rollers: weakref.WeakSet[_Roller] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for roller in list(_rollers):
-        roller.forked()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
 class ParquetSpanExporter(SpanExporter):
     """Writes spans to `<target>/spans`.
 
     `target` is a directory or a pyarrow filesystem URI; by default that of OTEL_ODIBI_PARQUET_URI, then of
-    OTEL_ODIBI_DIRECTORY, then `telemetry`. A file is written at `rows` rows, or at an export when the oldest row is
-    `seconds` old, or when told to flush. Rows that cannot be written are kept, 4 x `rows` at most;
+    OTEL_ODIBI_DIRECTORY, then `telemetry`. A file is written at `rows` rows or 256 MiB, or at an export when the oldest
+    row is `seconds` old, or when told to flush. Rows that cannot be written are kept, 4 x `rows` at most;
     `on_drop(reason, count)` hears of every one that is lost.
 
     Thread-safe; a forked child starts empty. Raises `SettingError` for arguments that cannot work, nothing later.
@@ -256,6 +252,10 @@ class ParquetSpanExporter(SpanExporter):
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         """Take ended spans. FAILURE only for losses that no `on_drop` heard of, so that none is counted twice."""
         return SpanExportResult.SUCCESS if self._roller.add("spans", spans) else SpanExportResult.FAILURE
+
+    def tick(self) -> None:
+        """Write the rows that are `seconds` old by now; for a caller that has nothing to export."""
+        self._roller.tick()
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:
         """Write everything now; True where that was done."""
@@ -298,12 +298,13 @@ class ParquetMetricExporter(MetricExporter):
 
 
 def _points(data: MetricsData) -> dict[str, list[Point]]:
-    """Return the points by the folder of their kind."""
+    """Return the points by the folder of their kind; the SDK has no other kinds."""
     found: dict[str, list[Point]] = {}
     for resource in data.resource_metrics:
         for scope in resource.scope_metrics:
             for metric in scope.metrics:
                 origin = (resource.resource, resource.schema_url, scope.scope, scope.schema_url, metric)
-                rows = found.setdefault(_FOLDERS[type(metric.data)], [])
-                rows.extend(Point(*origin, point) for point in metric.data.data_points)
+                if (folder := _FOLDERS.get(type(metric.data))) is not None:
+                    rows = found.setdefault(folder, [])
+                    rows.extend(Point(*origin, point) for point in metric.data.data_points)
     return found

@@ -32,14 +32,15 @@ class Producer:
         self,
         collect: Callable[[], list[Family]],
         resource: Resource,
-        start_time_unix_nano: int,
+        started: Callable[[], int],
         temporality: AggregationTemporality = CUMULATIVE,
         clock: Callable[[], int] = time.time_ns,
     ) -> None:
         self._collect = collect
         self._resource = resource
         self._scope = InstrumentationScope(names.SCOPE)
-        self._started = self._last_time = start_time_unix_nano
+        self._started = started
+        self._start = self._last_time = started()
         self._temporality = temporality
         self._clock = clock
         self._before: dict[Any, Any] = {}
@@ -47,22 +48,25 @@ class Producer:
     def merge(self, data: MetricsData | None) -> MetricsData:
         """Return `data` with every instrument of this package that has points."""
         now = self._clock()
+        if self._started() != self._start:  # a forked child counts anew
+            self._start = self._last_time = self._started()
+            self._before.clear()
         families = (f for f in self._collect() if f.instrument is not names.PROCESS_UPTIME)  # the SDK has that itself
         metrics = [metric for family in families if (metric := self._metric(family, now)) is not None]
         self._last_time = now
-        own = sdk.ScopeMetrics(scope=self._scope, metrics=metrics, schema_url="")
         found = list(data.resource_metrics) if data is not None else []
-        if not found:
-            return MetricsData([sdk.ResourceMetrics(self._resource, [own], "")])
-        first = found[0]
-        merged = sdk.ResourceMetrics(first.resource, [*first.scope_metrics, own], first.schema_url)
-        return MetricsData([merged, *found[1:]])
+        first = found[0] if found else sdk.ResourceMetrics(self._resource, [], "")
+        # Into the scope of our name where there is one: the OTLP encoder keeps but one of two that are equal.
+        same = [metric for scope in first.scope_metrics if scope.scope == self._scope for metric in scope.metrics]
+        others = [scope for scope in first.scope_metrics if scope.scope != self._scope]
+        own = sdk.ScopeMetrics(scope=self._scope, metrics=[*same, *metrics], schema_url="")
+        return MetricsData([sdk.ResourceMetrics(first.resource, [*others, own], first.schema_url), *found[1:]])
 
     def _metric(self, family: Family, now: int) -> sdk.Metric | None:
         instrument = family.instrument
         delta = self._temporality is DELTA and instrument.kind in _ADDITIVE
-        start = self._last_time if delta else self._started
-        points = family.points
+        start = self._last_time if delta else self._start
+        points: Sequence[Any] = family.points
         if delta:
             points = tuple(left for point in points if (left := self._difference(instrument.name, point)) is not None)
             if not points:
@@ -73,7 +77,8 @@ class Producer:
             data = sdk.Histogram([_histogram_point(point, start, now, delta) for point in points], temporality)
         else:
             numbers = [sdk.NumberDataPoint(dict(p.attributes), start, now, p.value) for p in points]
-            data = sdk.Gauge(numbers) if instrument.kind == "gauge" else sdk.Sum(numbers, temporality, instrument.kind == "counter")
+            is_counter = instrument.kind == "counter"
+            data = sdk.Gauge(numbers) if instrument.kind == "gauge" else sdk.Sum(numbers, temporality, is_counter)
         return sdk.Metric(instrument.name, instrument.description, instrument.unit, data)
 
     def _difference(self, name: str, point: Number | Distribution) -> Number | Distribution | None:
@@ -81,8 +86,7 @@ class Producer:
         key = (name, *point.attributes.items())
         before = self._before.get(key)
         self._before[key] = point
-        total = "value" if isinstance(point, Number) else "count"
-        if before is None or getattr(point, total) < getattr(before, total):  # new, or counted anew after a fork
+        if before is None:
             return point
         if isinstance(point, Number):
             return point._replace(value=point.value - before.value) if point.value != before.value else None
@@ -113,17 +117,33 @@ def _histogram_point(point: Any, start: int, now: int, delta: bool) -> sdk.Histo
 
 
 class WithProducer(MetricExporter):
-    """Hands metrics to another exporter after adding the package's own to them. Thread-safe as its exporter is."""
+    """Hands metrics to another exporter after adding the package's own to them. Thread-safe as its exporter is.
 
-    def __init__(self, exporter: MetricExporter, make_producer: Callable[[AggregationTemporality], Producer]) -> None:
+    Points that the exporter failed to export are counted through `on_drop(reason, count)`; it never raises.
+    """
+
+    def __init__(
+        self,
+        exporter: MetricExporter,
+        make_producer: Callable[[AggregationTemporality], Producer],
+        on_drop: Callable[[str, int], None] = lambda reason, count: None,
+    ) -> None:
         preferred = exporter._preferred_temporality or {}
         super().__init__(preferred, exporter._preferred_aggregation)
         self._exporter = exporter
         self._producer = make_producer(preferred.get(Histogram, preferred.get(Counter, CUMULATIVE)))
+        self._on_drop = on_drop
 
     def export(self, metrics_data: MetricsData, timeout_millis: float = 10_000, **kwargs: Any) -> MetricExportResult:
         """Export `metrics_data` and the package's own metrics."""
-        return self._exporter.export(self._producer.merge(metrics_data), timeout_millis=timeout_millis, **kwargs)
+        merged = self._producer.merge(metrics_data)
+        try:
+            result = self._exporter.export(merged, timeout_millis=timeout_millis, **kwargs)
+        except Exception:  # noqa: BLE001 - an exporter may raise anything
+            result = MetricExportResult.FAILURE
+        if result is not MetricExportResult.SUCCESS:
+            self._on_drop("export_failed", _count(merged))
+        return result
 
     def force_flush(self, timeout_millis: float = 10_000) -> bool:
         """Flush the exporter."""
@@ -132,6 +152,13 @@ class WithProducer(MetricExporter):
     def shutdown(self, timeout_millis: float = 30_000, **kwargs: Any) -> None:
         """Shut the exporter down. The SDK's reader calls the argument `timeout`, so it is not handed on by name."""
         self._exporter.shutdown(kwargs.get("timeout", timeout_millis))
+
+
+def _count(data: MetricsData) -> int:
+    metrics = (
+        metric for resource in data.resource_metrics for scope in resource.scope_metrics for metric in scope.metrics
+    )
+    return sum(len(metric.data.data_points) for metric in metrics)
 
 
 __all__: Sequence[str] = ("Producer", "WithProducer")

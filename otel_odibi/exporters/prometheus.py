@@ -1,7 +1,7 @@
 """The Prometheus endpoint: a metric reader that collects when it is scraped, over HTTP, in text or OpenMetrics.
 
-The official reader (opentelemetry-exporter-prometheus) is not subclassed: it keeps what it was given in a queue of its
-own collector, which is the part to replace, and registers with the process-wide registry. See `translate` for the rest.
+The official reader (opentelemetry-exporter-prometheus) is not subclassed: its collector, with its own queue, is what is
+to be replaced, and it registers with the process-wide registry. See `translate` for the rest.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import socketserver
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from socket import AF_INET, AF_INET6
+from functools import partial
+from socket import AF_INET6
 from typing import Any, Final
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
@@ -23,8 +24,9 @@ from prometheus_client import make_wsgi_app
 from prometheus_client.core import Metric
 
 from otel_odibi.errors import SettingError
-from otel_odibi.exporters.families import Losses, Source, expose, follow_forks
+from otel_odibi.exporters.families import Losses, Source, expose
 from otel_odibi.exporters.translate import families
+from otel_odibi.forks import after_fork
 
 __all__ = ["PrometheusReader", "expose", "families"]
 
@@ -60,13 +62,11 @@ class PrometheusReader(MetricReader):
         self._write = make_wsgi_app(Source(self._families))
         self._server: _Server | None = _listen(host, port)
         self._server.set_app(self._app)
-        self.url = f"http://{_reachable(self._server)}:{self._server.server_port}{PATH}"
-        # Polled often, as shutdown waits for the next poll.
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, args=(0.1,), name="otel_odibi-prometheus", daemon=True
-        )
+        self.url = f"http://{_reachable(self._server.server_name)}:{self._server.server_port}{PATH}"
+        serve = partial(self._server.serve_forever, 0.1)  # polls often, as shutdown waits for the next poll
+        self._thread = threading.Thread(target=serve, name="otel_odibi-prometheus", daemon=True)
         self._thread.start()
-        follow_forks(self._forked)
+        after_fork(self._forked)
 
     def shutdown(self, timeout_millis: float = 30_000, **kwargs: Any) -> None:
         """Close the port and end the thread. Idempotent; never raises."""
@@ -105,8 +105,9 @@ class PrometheusReader(MetricReader):
         with self._lock:
             scrape = self._scrape
             if scrape is None or scrape.done():
-                scrape = self._scrape = Future()
+                scrape = Future()
                 threading.Thread(target=self._collect_into, args=(scrape,), daemon=True).start()
+                self._scrape = scrape
         return scrape.result(self._timeout)
 
     def _collect_into(self, scrape: Future[list[Metric]]) -> None:
@@ -151,35 +152,20 @@ class _Handler(WSGIRequestHandler):
 def _listen(host: str | None, port: int | None) -> _Server:
     """Return a server that listens. Raises `SettingError`, which names the argument or the variable that is wrong."""
     host = host or os.environ.get(OTEL_EXPORTER_PROMETHEUS_HOST, "").strip() or "127.0.0.1"
-    name, number = _port(port)
+    name = "prometheus_port" if port is not None else OTEL_EXPORTER_PROMETHEUS_PORT
+    value = port if port is not None else os.environ.get(name, "").strip() or 9464
     try:
-        return (_Server6 if ":" in host else _Server)((host, number), _Handler)
-    except OSError as exc:
-        if exc.errno == errno.EADDRINUSE:
-            remedy = "stop what listens there, or give another port; 0 takes a free one"
-            raise SettingError(name, number, f"port {number} of {host} is in use", remedy) from None
-        if exc.errno == errno.EACCES:
-            raise SettingError(name, number, "not permitted", "give a port above 1023; 0 takes a free one") from None
-        remedy = "give an address of this machine, such as 127.0.0.1"
-        raise SettingError("prometheus_host", host, f"cannot listen there ({exc.strerror or exc})", remedy) from None
+        return (_Server6 if ":" in host else _Server)((host, int(value)), _Handler)
+    except (OSError, UnicodeError) as exc:
+        problem, code = f"cannot listen there: {getattr(exc, 'strerror', None) or exc}", getattr(exc, "errno", None)
+        if code in (errno.EADDRINUSE, errno.EACCES):
+            raise SettingError(name, value, problem, "give another port; 0 takes a free one") from None
+        raise SettingError("prometheus_host", host, problem, "give an address of this machine: 127.0.0.1") from None
+    except (TypeError, ValueError, OverflowError):
+        raise SettingError(name, value, "not a port", "give a number from 0 to 65535; 0 takes a free one") from None
 
 
-def _port(given: int | None) -> tuple[str, int]:
-    """Return the port, and the name of the setting it is from. Raises `SettingError`."""
-    name = "prometheus_port" if given is not None else OTEL_EXPORTER_PROMETHEUS_PORT
-    value = given if given is not None else os.environ.get(name, "").strip() or 9464
-    try:
-        number = int(value)
-    except (TypeError, ValueError):
-        number = -1
-    if not 0 <= number <= 65_535:
-        raise SettingError(name, value, "not a port", "give a number from 0 to 65535; 0 takes a free port")
-    return name, number
-
-
-def _reachable(server: _Server) -> str:
-    """Return the host to put into the URL: an address that stands for all is no address to call."""
-    host = server.server_name
-    if server.address_family == AF_INET:
-        return "127.0.0.1" if host in ("", "0.0.0.0") else host  # noqa: S104
-    return "[::1]" if host == "::" else f"[{host}]"
+def _reachable(host: str) -> str:
+    """Return the host to put into a URL: an address that stands for all is no address to call."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+    return f"[{host}]" if ":" in host else host

@@ -22,6 +22,7 @@ import os
 import re
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -63,6 +64,7 @@ _CHUNK: Final = 2**20
 # Log lines of 560 bytes: level 1 packs 3.9 : 1 at 197 MiB/s, level 3 4.0 : 1 at 158, level 6 4.4 : 1 at 68.
 _GZIP_LEVEL: Final = 1
 _TEMPORARY: Final = ".gz.tmp"
+_NEW_SECONDS: Final = 60.0  # far longer than a live process takes from creating a file to locking it
 _LONGEST_NAME: Final = 100
 _LIKE_A_PID: Final = re.compile(r"\.(?=\d+(?:-\d+)?\Z)")
 _WINDOWS_DEVICE: Final = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?=\.|\Z)", re.IGNORECASE)
@@ -150,7 +152,8 @@ def release(fd: int) -> None:
         os.close(fd)
 
 
-def _packed(segment: Path) -> Path:
+def packed(segment: Path) -> Path:
+    """Return the path that a plain segment has once it is compressed."""
     return segment.with_name(segment.name + ".gz")
 
 
@@ -189,23 +192,29 @@ class Segments:
 
     def add(self, path: Path) -> None:
         """Rename a file that the caller holds to the service's next number. Raises OSError."""
-        added = False
-        while not added:
+        while True:
             taken = (int(found.number) for found in self._own() if not found.is_active)
-            self._last = max(self._last, *taken, 0) + 1
+            number = max(self._last, *taken, 0) + 1
             with contextlib.suppress(FileExistsError):
-                added = self._rename(path, self.at(f".0{self._last:05d}"))
+                if self._rename(path, self.at(f".0{number:05d}")):
+                    self._last = number
+                    return
 
     def _rename(self, path: Path, segment: Path) -> bool:
         if sys.platform == "win32":  # where rename never replaces, nor touches what is open
             os.rename(path, segment)
             return True
+        # One process alone creates this file. The number is free unless it was used and compressed meanwhile.
         with self._holding(segment, os.O_RDWR | os.O_CREAT | os.O_EXCL) as fd:
-            # One process alone creates this file. The number is free unless it was used and compressed meanwhile.
-            if fd is None or _packed(segment).exists():
-                return False
-            os.replace(path, segment)
-            return True
+            renamed = False
+            try:
+                if fd is not None and not packed(segment).exists():
+                    os.replace(path, segment)
+                    renamed = True
+            finally:
+                if fd is not None and not renamed:
+                    _delete(segment)
+            return renamed
 
     def wake(self, *, if_needed: bool = False) -> None:
         """Have the background thread look for work; `if_needed` looks first whether there seems to be any."""
@@ -271,42 +280,52 @@ class Segments:
         """Compress the segments that nobody is compressing; first make segments of what dead processes left."""
         for found in self._own():
             if found.pid:
-                with contextlib.suppress(OSError):
-                    self._adopt(self._directory / found.entry)
+                self._adopt(self._directory / found.entry)
+        compressed = False
         for found in self._own():
             if self._stop:
                 return
-            if not (found.is_active or found.packed):
-                with contextlib.suppress(OSError):
-                    self._compress(self._directory / found.entry)
-                self._retain()
-        self._retain()
+            if not (found.is_active or found.packed) and self._compress(self._directory / found.entry):
+                compressed = True
+                self._retain()  # every time: where segments come faster than they are compressed, they must not pile up
+        if not compressed:
+            self._retain()
         self._tidy()
 
     def _adopt(self, path: Path) -> None:
-        with self._holding(path) as fd:
-            if fd is not None and os.fstat(fd).st_size:
+        with contextlib.suppress(OSError), self._left_behind(path) as fd:
+            if fd is not None:
                 self.add(path)
-            elif fd is not None:
-                _delete(path)
 
-    def _compress(self, segment: Path) -> None:
-        with self._holding(segment) as fd:
+    def _compress(self, segment: Path) -> bool:
+        done = False
+        with contextlib.suppress(OSError), self._left_behind(segment) as fd:
             done = fd is not None and self._pack(fd, segment)
         if done:  # after closing, for Windows
             _delete(segment)
+        return done
+
+    @contextlib.contextmanager
+    def _left_behind(self, path: Path) -> Iterator[int | None]:
+        """Hold a file that nobody else holds and that has content; an empty one is deleted, unless it is new."""
+        info = os.stat(path)
+        if not info.st_size and abs(time.time() - info.st_mtime) < _NEW_SECONDS:
+            yield None
+            return
+        with self._holding(path) as fd:
+            if fd is not None and not os.fstat(fd).st_size:
+                _delete(path)
+                fd = None
+            yield fd
 
     def _pack(self, fd: int, segment: Path) -> bool:
         """Write the compressed file under a name that readers pass over, then rename it; tell whether that was done."""
         info = os.fstat(fd)
-        if not info.st_size:  # a number that a process took before it died
-            _delete(segment)
-            return False
         temporary = segment.with_name(f".{segment.name}{_TEMPORARY}")
         with contextlib.suppress(OSError):
             if self._deflate(fd, temporary) and segment.exists():  # else retention was quicker
                 os.utime(temporary, ns=(info.st_atime_ns, info.st_mtime_ns))
-                os.replace(temporary, _packed(segment))
+                os.replace(temporary, packed(segment))
                 return True
         _delete(temporary)
         return False
@@ -324,17 +343,17 @@ class Segments:
 
     def _retain(self) -> None:
         """Delete the oldest segments until the rest fits. Those waiting for compression count in full."""
-        sizes: list[tuple[Path, int]] = []
+        sizes: list[tuple[str, int]] = []
         for found in self._own():
             if not found.is_active:
-                path = self._directory / found.entry
-                with contextlib.suppress(OSError):
-                    sizes.append((path, path.stat().st_size))
+                path = os.path.join(self._directory, found.entry)
+                with contextlib.suppress(FileNotFoundError):
+                    sizes.append((path, os.stat(path).st_size))
         total = sum(size for _, size in sizes)
         for path, size in sizes:
             if total <= self._retention_bytes:
                 return
-            if _delete(path):
+            if _delete(Path(path)):
                 total -= size
 
     def _tidy(self) -> None:

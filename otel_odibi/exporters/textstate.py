@@ -6,105 +6,63 @@ written. Gauges and up-down counters are kept by process, as they go when it doe
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import socket
 import time
 from collections.abc import Sequence
-from itertools import pairwise
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Final, NamedTuple, get_args
 
-import orjson
 import psutil
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from otel_odibi import names
-from otel_odibi.exporters.families import ACROSS, AFTER, Buckets, Families, Family, Kind, Labels, Lose, Series, merge
+from otel_odibi.exporters.families import FIRST, Buckets, Families, Family, Kind, Labels, Lose, Series, greater, merge
 
 STALE_SECONDS: Final = 300
 """Age at which the part of a process on another machine or in another container, which cannot be looked at, is over."""
 SERVICE: Final = "service"
 """Label that every series of a `.prom` file gets."""
 
-_VERSION: Final = 1
-_BY_PROMETHEUS_NAME: Final = {i.prometheus.removesuffix("_total"): i for i in names.INSTRUMENTS}
+_UPDOWN: Final = {i.prometheus for i in names.INSTRUMENTS if i.kind == "updowncounter"}
 
 
-def load(state_file: Path, file: Path, service: str, lose: Lose) -> State:
-    """Return the state; where it is missing or damaged, what can be read of the `.prom` file is the base of a new one.
+class Part(NamedTuple):
+    """What one process has under way, as it wrote it last. Times are Unix times, s.
 
-    Raises OSError where there is something that cannot be read: better no new file than one that forgets.
+    A pid is used again, but with another start.
     """
-    try:
-        return State.from_json(state_file.read_bytes())
-    except FileNotFoundError:
-        pass
-    except (ValueError, TypeError, KeyError, AttributeError):
-        lose("state_damaged", state_file.name, 1)
-    try:
-        text = file.read_bytes().decode(errors="replace")
-    except FileNotFoundError:
-        return State({}, {})
-    base: Families = {}
-    try:
-        for metric in text_string_to_metric_families(text):
-            if metric.type in ("counter", "gauge", "histogram"):
-                base[metric.name] = _parsed(metric, service)
-    except Exception:  # noqa: BLE001 - the parser lets more escape than ValueError
-        lose("prom_file_damaged", file.name, 1)
-    return State(base, {})
-
-
-def _parsed(metric: Metric, service: str) -> Family:
-    """Return a family read from a `.prom` file, without the label `service`. Raises ValueError, KeyError."""
-    own = _BY_PROMETHEUS_NAME.get(metric.name)
-    kind: Any = "peak" if metric.name.endswith("_timestamp_seconds") else metric.type
-    if own is not None and own.kind == "updowncounter":
-        kind = "updown"
-    family = Family(metric.name, kind, metric.documentation, "")
-    reached: dict[Labels, dict[float, float]] = {}
-    sums: dict[Labels, float] = {}
-    for sample in metric.samples:
-        pairs = ((key, text) for key, text in sample.labels.items() if (key, text) != (SERVICE, service))
-        labels = tuple(sorted(pair for pair in pairs if pair[0] != "le" or metric.type != "histogram"))
-        if sample.name == f"{metric.name}_bucket":
-            reached.setdefault(labels, {})[float(sample.labels["le"])] = float(sample.value)
-        elif sample.name == f"{metric.name}_sum":
-            sums[labels] = float(sample.value)
-        elif metric.type != "histogram":
-            family.series[labels] = Series(float(sample.value))
-    for labels, counts in reached.items():
-        counts.setdefault(math.inf, max(counts.values()))
-        bounds, totals = zip(*sorted(counts.items()), strict=True)
-        family.series[labels] = Series(Buckets(bounds, totals, sums.get(labels, math.nan)))
-    return family
-
-
-class Process(NamedTuple):
-    """A process for good: a pid is used again, with another start (Unix time, s)."""
 
     host: str
     pid: int
     started: float
+    updated: float
+    families: Families
 
     @classmethod
-    def current(cls) -> Process:
-        """Return this process. Never raises."""
-        try:
+    def of_this_process(cls, families: Families) -> Part:
+        """Return the part of this process, as of now."""
+        started = 0.0
+        with suppress(psutil.Error):
             started = psutil.Process().create_time()
-        except psutil.Error:
-            started = 0.0
-        return cls(_host(), os.getpid(), started)
+        return cls(_host(), os.getpid(), started, time.time(), families)
 
-    def runs(self) -> bool:
-        """Tell whether it runs still; one that is killed and not yet waited for does not."""
+    def is_live(self) -> bool:
+        """Tell whether its process runs, or may do so: one that is killed and not yet waited for does not."""
+        if self.host != _host():
+            return time.time() - self.updated < STALE_SECONDS
         try:
             process = psutil.Process(self.pid)
             # The clock may have been set a little meanwhile, and the start is counted from it.
             return bool(abs(process.create_time() - self.started) < 2 and process.status() != psutil.STATUS_ZOMBIE)
-        except psutil.NoSuchProcess:
+        except (psutil.NoSuchProcess, ValueError):
             return False
         except psutil.Error:  # there, and not ours to look at
             return True
@@ -118,108 +76,144 @@ def _host() -> str:
         return socket.gethostname()
 
 
-class Part(NamedTuple):
-    """The gauges and up-down counters of one process, as it wrote them last (Unix time, s)."""
-
-    process: Process
-    updated: float
-    families: Families
-
-    def is_live(self, here: str) -> bool:
-        """Tell whether the process runs, or may do so where it cannot be looked at from `here`."""
-        return self.process.runs() if self.process.host == here else time.time() - self.updated < STALE_SECONDS
-
-
+@dataclass(slots=True)
 class State:
     """What a service's processes have counted, with the last gauges of those that ended (`base`), and the live ones."""
 
-    def __init__(self, base: Families, parts: dict[str, Part]) -> None:
-        self.base = base
-        self.parts = parts
+    base: Families = field(default_factory=dict)
+    parts: dict[str, Part] = field(default_factory=dict)
 
     def update(self, fresh: Sequence[Family], own: str, limit: int, lose: Lose) -> None:
         """Add fresh counts, and take over from the parts that ended and from `own`, which is about to be replaced."""
-        here = _host()
-        over = [key for key, part in self.parts.items() if key == own or not part.is_live(here)]
-        ended = merge([self.parts.pop(key).families.values() for key in over], ACROSS, lose)
+        over = [key for key, part in self.parts.items() if key == own or not part.is_live()]
+        ended = merge(chain.from_iterable(self.parts.pop(key).families.values() for key in over), greater, lose)
         for family in fresh:
             if family.kind == "histogram" and family.name in self.base:
                 _rebound(self.base[family.name], family)
-        self.base = merge([fresh, ended.values(), self.base.values()], AFTER, lose, limit)
+        self.base = merge([*fresh, *ended.values(), *self.base.values()], FIRST, lose, limit)
         for family in self.base.values():
             if family.kind == "updown":  # what a process had under way is not any more
                 family.series = dict.fromkeys(family.series, Series(0.0))
 
     def shown(self, limit: int, lose: Lose) -> Families:
         """Return what the file is to show."""
-        newest = sorted(self.parts.values(), key=lambda part: -part.updated)
-        live = merge([part.families.values() for part in newest], ACROSS, lose)
-        return merge([live.values(), self.base.values()], AFTER, lose, limit)
+        newest_first = reversed(self.parts.values())
+        live = merge(chain.from_iterable(part.families.values() for part in newest_first), greater, lose)
+        return merge([*live.values(), *self.base.values()], FIRST, lose, limit)
 
     def to_json(self) -> bytes:
-        """Return it as JSON; numbers that JSON has not are texts."""
-        parts = {
-            key: {**part.process._asdict(), "updated": part.updated, "families": _packed(part.families)}
-            for key, part in self.parts.items()
-        }
-        return orjson.dumps({"version": _VERSION, "base": _packed(self.base), "parts": parts})
+        """Return it as JSON, with NaN and Infinity as Python writes them."""
+        parts = {key: {**part._asdict(), "families": _packed(part.families)} for key, part in self.parts.items()}
+        return json.dumps({"base": _packed(self.base), "parts": parts}).encode()
 
     @classmethod
     def from_json(cls, text: bytes) -> State:
-        """Read it back. Raises ValueError, TypeError, KeyError or AttributeError where it is damaged."""
-        found = orjson.loads(text)
-        if found["version"] != _VERSION:
-            raise ValueError(f"version {found['version']}")
-        parts = {
-            key: Part(
-                Process(str(part["host"]), int(part["pid"]), float(part["started"])),
-                float(part["updated"]),
-                _unpacked(part["families"]),
-            )
-            for key, part in found["parts"].items()
-        }
-        return cls(_unpacked(found["base"]), parts)
+        """Read it back. Raises any exception where it is damaged."""
+        found = json.loads(text)
+        return cls(_unpacked(found["base"]), {key: _part(**part) for key, part in found["parts"].items()})
 
 
 def _rebound(old: Family, new: Family) -> None:
     """Give a family's series the bounds of the new ones, where those agree: what is added up must have the same."""
     bounds = {series.value.bounds for series in new.series.values() if isinstance(series.value, Buckets)}
-    if len(bounds) == 1:
-        (only,) = bounds
-        for labels, series in old.series.items():
-            if isinstance(series.value, Buckets):
-                old.series[labels] = Series(series.value.at(only))
+    for labels, series in old.series.items():
+        if len(bounds) == 1 and isinstance(series.value, Buckets):
+            old.series[labels] = Series(series.value.at(*bounds))
 
 
 def _packed(families: Families) -> dict[str, Any]:
     return {
-        f.name: [f.kind, f.help, f.unit, [[labels, _plain(series.value)] for labels, series in f.series.items()]]
+        f.name: [f.kind, f.help, f.unit, [[labels, series.value] for labels, series in f.series.items()]]
         for f in families.values()
     }
 
 
-def _plain(value: float | Buckets) -> Any:
-    if isinstance(value, Buckets):
-        return [value.bounds[:-1], value.counts, _plain(value.sum)]
-    return value if math.isfinite(value) else str(value)
+def _part(host: Any, pid: Any, started: Any, updated: Any, families: Any) -> Part:
+    return Part(str(host), int(pid), float(started), float(updated), _unpacked(families))
 
 
 def _unpacked(packed: dict[str, Any]) -> Families:
     families: Families = {}
-    for name, (kind, text, unit, series) in packed.items():
+    for name, (kind, text, unit, found) in packed.items():
         if kind not in get_args(Kind):
             raise ValueError(f"kind {kind}")
-        histogram = kind in ("histogram", "exponential")
-        read = ((tuple((str(k), str(v)) for k, v in labels), _value(value, histogram)) for labels, value in series)
-        families[name] = Family(name, kind, str(text), str(unit), {labels: Series(value) for labels, value in read})
+        family = families[name] = Family(name, kind, str(text), str(unit))
+        for labels, value in found:
+            value = _buckets(*value) if family.type == "histogram" else float(value)
+            family.series[tuple((str(key), str(text)) for key, text in labels)] = Series(value)
     return families
 
 
-def _value(packed: Any, histogram: bool) -> float | Buckets:
-    if not histogram:
-        return float(packed)
-    bounds, counts, total = packed
-    value = Buckets((*map(float, bounds), math.inf), tuple(map(float, counts)), float(total))
-    if len(value.bounds) != len(value.counts) or any(a >= b for a, b in pairwise(value.bounds)):
+def _buckets(bounds: Any, counts: Any, total: Any) -> Buckets:
+    value = Buckets(tuple(map(float, bounds)), tuple(map(float, counts)), float(total))
+    ascending = all(a < b for a, b in pairwise(value.bounds))
+    if len(value.bounds) != len(value.counts) or value.bounds[-1] != math.inf or not ascending:
         raise ValueError("bounds")
     return value
+
+
+def load(state_file: Path, file: Path, service: str, lose: Lose) -> State:
+    """Return the state; where it is missing or damaged, what can be read of the `.prom` file is the base of a new one.
+
+    Raises OSError where there is something that cannot be read: better no new file than one that forgets.
+    """
+    with suppress(FileNotFoundError):
+        text = state_file.read_bytes()
+        try:
+            return State.from_json(text)
+        except Exception:  # noqa: BLE001 - something else may be at any place
+            lose("state_damaged", state_file.name, 1)
+    with suppress(FileNotFoundError):
+        return State(_read(file, service, lose))
+    return State()
+
+
+def _read(file: Path, service: str, lose: Lose) -> Families:
+    """Return the families of a `.prom` file, without the label `service`. Raises OSError."""
+    text = file.read_bytes().decode(errors="replace")
+    with suppress(Exception):  # the parser lets more escape than ValueError
+        return _parsed(text, service)
+    lose("prom_file_damaged", file.name, 1)
+    with suppress(Exception):
+        return _parsed("\n".join(filter(_is_sound, text.split("\n"))), service)
+    return {}
+
+
+def _is_sound(line: str) -> bool:
+    with suppress(Exception):
+        return bool(list(text_string_to_metric_families(line)))
+    return False
+
+
+def _parsed(text: str, service: str) -> Families:
+    found: Families = {}
+    for metric in text_string_to_metric_families(text):
+        if metric.type == "histogram":
+            found[metric.name] = _histogram(metric, service)
+        elif metric.type in ("counter", "gauge"):
+            kind: Any = "updown" if metric.name in _UPDOWN else metric.type
+            series = {_labels(sample, service): Series(float(sample.value)) for sample in metric.samples}
+            found[metric.name] = Family(metric.name, kind, metric.documentation, "", series)
+    return found
+
+
+def _histogram(metric: Metric, service: str) -> Family:
+    reached: dict[Labels, dict[float, float]] = {}
+    sums: dict[Labels, float] = {}
+    for sample in metric.samples:
+        labels = _labels(sample, service)
+        if sample.name == f"{metric.name}_sum":
+            sums[labels] = float(sample.value)
+        with suppress(KeyError, ValueError):
+            bound = float(sample.labels["le"])
+            reached.setdefault(labels, {math.inf: 0.0})[bound] = float(sample.value)
+    family = Family(metric.name, "histogram", metric.documentation, "")
+    for labels, counts in reached.items():
+        bounds, totals = zip(*sorted(counts.items()), strict=True)
+        family.series[labels] = Series(Buckets(bounds, (*totals[:-1], max(totals)), sums.get(labels, math.nan)))
+    return family
+
+
+def _labels(sample: Sample, service: str) -> Labels:
+    pairs = ((key, text) for key, text in sample.labels.items() if key != "le" and (key, text) != (SERVICE, service))
+    return tuple(sorted(pairs))

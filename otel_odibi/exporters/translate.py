@@ -15,28 +15,17 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
+from itertools import chain
 from typing import Any, Final
 
 from opentelemetry.exporter.prometheus._mapping import map_unit, sanitize_attribute, sanitize_full_name
 from opentelemetry.sdk.metrics import export as sdk
 from prometheus_client.core import Metric
-from prometheus_client.samples import Sample
+from prometheus_client.samples import Exemplar, Sample
 
 from otel_odibi import names
 from otel_odibi.clean import plain_text
-from otel_odibi.exporters.families import (
-    WITHIN,
-    Buckets,
-    Families,
-    Family,
-    Kind,
-    Labels,
-    Lose,
-    Losses,
-    Measured,
-    Series,
-    merge,
-)
+from otel_odibi.exporters.families import LAST, Buckets, Families, Family, Kind, Labels, Lose, Losses, Series, merge
 
 EXEMPLAR_LIMIT: Final = 128
 """Longest label set of an exemplar, in characters. Source: OpenMetrics 1.0, Exemplars."""
@@ -47,16 +36,16 @@ _OWN: Final = {(i.name, i.kind.replace("updowncounter", "updown")): i for i in n
 _LOSSES: Final = Losses()
 
 
-def families(data: sdk.MetricsData, *, target_info: bool = True, lose: Lose = _LOSSES) -> list[Metric]:
+def families(data: sdk.MetricsData, *, lose: Lose = _LOSSES) -> list[Metric]:
     """Return `data`, cumulative metrics, as the families that prometheus_client's writers take. Never raises.
 
-    With `target_info` the attributes of the resource come first, as the family `target`. What cannot be shown (delta
-    temporality, a name that a metric of another type has) is left out and goes to `lose`: by default, one warning.
+    The attributes of the resource come first, as the family `target`. What cannot be shown (delta temporality, a name
+    that a metric of another type has) is left out and goes to `lose`: by default, one warning.
     """
     found = translate(data, lose)
     metrics = [family.metric() for family in found.values()]
     attributes = next((r.resource.attributes for r in data.resource_metrics if r.resource.attributes), None)
-    if not target_info or not attributes or found.keys() & {"target", "target_info"}:
+    if not attributes or found.keys() & {"target", "target_info"}:
         return metrics
     target = Metric("target", "Target metadata", "info")
     target.samples.append(Sample("target_info", dict(_labels(attributes)), 1.0))
@@ -65,37 +54,34 @@ def families(data: sdk.MetricsData, *, target_info: bool = True, lose: Lose = _L
 
 def translate(data: sdk.MetricsData, lose: Lose) -> Families:
     """Return what `data` holds as families, without the resource. Never raises: what cannot be shown goes to `lose`."""
-    return merge([_families(data, lose)], WITHIN, lose)
+    return merge(_families(data, lose), LAST, lose)
 
 
 def _families(data: sdk.MetricsData, lose: Lose) -> Iterator[Family]:
-    for resource in data.resource_metrics:
-        for scope in resource.scope_metrics:
-            for metric in scope.metrics:
-                try:
-                    family = _family(metric, scope.scope, lose)
-                except Exception:  # noqa: BLE001 - made by hand, it may hold anything; the others must come through
-                    lose("unreadable", str(metric.name), 1)
-                    continue
-                if family.series:
-                    yield family
+    scopes = chain.from_iterable(resource.scope_metrics for resource in data.resource_metrics)
+    for found, metric in ((scope, metric) for scope in scopes for metric in scope.metrics):
+        try:
+            family = _family(metric, found.scope, lose)
+        except Exception:  # noqa: BLE001 - made by hand, it may hold anything; the others must come through
+            lose("unreadable", str(metric.name), 1)
+            continue
+        if family.series:
+            yield family
 
 
 def _family(metric: sdk.Metric, scope: Any, lose: Lose) -> Family:
-    kind = _kind(metric.data)
-    family, own = _named(metric, kind)
+    family, own = _named(metric, _kind(metric.data))
     if getattr(metric.data, "aggregation_temporality", None) is sdk.AggregationTemporality.DELTA:
         lose("delta_temporality", family.name, len(metric.data.data_points))
         return family
     about = {} if own else {"otel.scope.name": scope.name or "", "otel.scope.version": scope.version or ""}
+    reserved = "le" if family.type == "histogram" else ""
     for point in metric.data.data_points:
-        series = _series(kind, point)
-        if series is None:
+        series = _series(family.kind, point)
+        if family.kind == "counter" and not series.value >= 0:  # type: ignore[operator]  # a number; NaN neither
             lose("invalid_value", family.name, 1)
-            continue
-        labels = _labels({**about, **(point.attributes or {})}, reserved="le" if family.type == "histogram" else "")
-        known = family.series.get(labels)
-        family.series[labels] = series if known is None else WITHIN[family.kind](known, series)
+        else:
+            family.add(_labels({**about, **(point.attributes or {})}, reserved), series, LAST)
     return family
 
 
@@ -116,13 +102,10 @@ def _named(metric: sdk.Metric, kind: Kind) -> tuple[Family, bool]:
         name = name.removesuffix("_total") or "_"
     if own is None and unit and not f"_{name}".endswith(f"_{unit}"):
         name = f"{name}_{unit}"
-    if kind == "gauge" and name.endswith("_timestamp_seconds"):
-        kind = "peak"
     return Family(name, kind, plain_text(metric.description or ""), unit), own is not None
 
 
-def _series(kind: Kind, point: Any) -> Series | None:
-    """Return a data point as a series, None where its value is none that Prometheus takes."""
+def _series(kind: Kind, point: Any) -> Series:
     value: float | Buckets
     if kind == "histogram":
         value = _buckets(zip(point.explicit_bounds, point.bucket_counts, strict=False), point)
@@ -130,9 +113,7 @@ def _series(kind: Kind, point: Any) -> Series | None:
         value = _buckets(_exponential(point), point)
     else:
         value = _number(point.value)
-        if kind == "counter" and not value >= 0:  # NaN neither
-            return None
-    exemplars = filter(None, map(_measured, point.exemplars or ()))
+    exemplars = filter(None, map(_exemplar, point.exemplars or ()))
     return Series(value, point.start_time_unix_nano or 0, tuple(exemplars))
 
 
@@ -149,29 +130,20 @@ def _buckets(counted: Iterable[tuple[float, int]], point: Any) -> Buckets:
 
 def _exponential(point: Any) -> Iterator[tuple[float, int]]:
     """Yield both bounds of each bucket that holds something, with its count at the upper; see `BUCKET_LIMIT`."""
-    scale = point.scale
-    above, below = _populated(point.positive), _populated(point.negative)
-    while len(above) + len(below) > BUCKET_LIMIT:
-        scale, above, below = scale - 1, _halved(above), _halved(below)
-    for index, count in above.items():
-        yield _power(index, scale), 0
-        yield _power(index + 1, scale), count
-    for index, count in below.items():
-        yield -_power(index + 1, scale), 0
-        yield -_power(index, scale), count
+    scale, filled = point.scale, Counter[tuple[int, int]]()
+    for sign, side in ((1, point.positive), (-1, point.negative)):
+        filled.update({(sign, side.offset + place): count for place, count in enumerate(side.bucket_counts) if count})
+    while len(filled) > BUCKET_LIMIT:
+        scale, halved = scale - 1, Counter[tuple[int, int]]()
+        for (sign, index), count in filled.items():
+            halved[sign, index >> 1] += count
+        filled = halved
+    for (sign, index), count in filled.items():
+        lower, upper = sorted((sign * _power(index, scale), sign * _power(index + 1, scale)))
+        yield lower, 0
+        yield upper, count
     if point.zero_count:
         yield 0.0, point.zero_count
-
-
-def _populated(buckets: Any) -> dict[int, int]:
-    return {buckets.offset + place: count for place, count in enumerate(buckets.bucket_counts) if count}
-
-
-def _halved(buckets: dict[int, int]) -> dict[int, int]:
-    halved: Counter[int] = Counter()
-    for index, count in buckets.items():
-        halved[index >> 1] += count
-    return halved
 
 
 def _power(index: int, scale: int) -> float:
@@ -189,7 +161,7 @@ def _number(value: Any) -> float:
         return math.inf if value > 0 else -math.inf
 
 
-def _measured(exemplar: Any) -> Measured | None:
+def _exemplar(exemplar: Any) -> Exemplar | None:
     """Return an SDK exemplar for Prometheus, None where it tells nothing. Source: the spec, Exemplars."""
     value = _number(exemplar.value)
     ids = (("span_id", exemplar.span_id, 16), ("trace_id", exemplar.trace_id, 32))
@@ -199,10 +171,10 @@ def _measured(exemplar: Any) -> Measured | None:
         labels = full
     if not labels or math.isnan(value):
         return None
-    return Measured(value, tuple(labels.items()), exemplar.time_unix_nano / 1e9 if exemplar.time_unix_nano else None)
+    return Exemplar(labels, value, exemplar.time_unix_nano / 1e9 if exemplar.time_unix_nano else None)
 
 
-def _labels(attributes: Mapping[str, Any], *, reserved: str = "") -> Labels:
+def _labels(attributes: Mapping[str, Any], reserved: str = "") -> Labels:
     """Return attributes as labels: keys sanitised, values of keys that became one joined, in the order of the keys.
 
     Empty values are left out: to Prometheus they are the same as none. Source: the spec, Metric Attributes.
