@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import threading
-import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from opentelemetry.context import Context
@@ -16,7 +15,8 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.trace import Link, Status
 
 from otel_odibi import names
-from otel_odibi.clean import Cleaner
+from otel_odibi.clean import Cleaner, clean_name
+from otel_odibi.forks import after_fork
 
 OnDrop = Callable[[str, int], None]
 _OWN_ATTRIBUTES = frozenset(
@@ -33,8 +33,11 @@ class SpanQueue(SpanProcessor):
     empty queue, as the parent still has what waited. Every wait is bounded by its argument.
     """
 
-    def __init__(self, exporter: SpanExporter, *, cleaner: Cleaner, interval: float, limit: int, on_drop: OnDrop) -> None:
+    def __init__(
+        self, exporter: SpanExporter, *, cleaner: Cleaner, interval: float, limit: int, on_drop: OnDrop
+    ) -> None:
         self._exporter = exporter
+        self._tick = getattr(exporter, "tick", None)  # an exporter that collects writes what has waited long enough
         self._cleaner = cleaner
         self._interval = interval
         self._limit = limit
@@ -42,15 +45,7 @@ class SpanQueue(SpanProcessor):
         self._on_drop = on_drop
         self._stopping = False
         self._reset()
-        if hasattr(os, "register_at_fork"):
-            reset = weakref.WeakMethod(self._reset)
-
-            def after_fork() -> None:
-                method = reset()
-                if method is not None:
-                    method()
-
-            os.register_at_fork(after_in_child=after_fork)
+        after_fork(self._reset)
 
     def _reset(self) -> None:
         self._queue: deque[ReadableSpan] = deque()
@@ -72,12 +67,18 @@ class SpanQueue(SpanProcessor):
             return
         self._queue.append(span)
         if self._thread is None:
-            self._start()
+            with suppress(
+                RuntimeError
+            ):  # no thread to be had just now: the span waits for the next one, or for the end
+                self._start()
         if len(self._queue) >= self._wake_at:
             self._wake.set()
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:
         """Export what waits and flush the exporter; True where that was done in time."""
+        if self._queue and self._thread is None:
+            with suppress(RuntimeError):
+                self._start()
         if self._thread is None or not self._thread.is_alive():
             return not self._queue
         done = threading.Event()
@@ -91,24 +92,27 @@ class SpanQueue(SpanProcessor):
         self._wake.set()
 
     def shutdown(self, timeout_millis: int = 30_000) -> None:
-        """Stop, and wait for that; spans that have not got out within the time are dropped and counted."""
+        """Stop, and wait for that; spans that have not got out within the time are dropped and counted.
+
+        Where no thread was ever started, for want of spans or of threads, the exporter is called in this one.
+        """
         self.stop()
         thread = self._thread
-        if thread is None:  # no span ever came; and at exit no thread could be started any more
-            self._guarded(self._exporter.shutdown)
+        if thread is None:
+            self._finish()
             return
         thread.join(timeout_millis / 1000)
         left = len(self._queue) + self._exporting
-        if thread.is_alive() and left:
+        if left:
             self._on_drop("exit_timeout", left)
             self._queue.clear()
 
-    def _start(self) -> threading.Thread:
+    def _start(self) -> None:
         with self._lock:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="otel-odibi-spans", daemon=True)
-                self._thread.start()
-            return self._thread
+                thread = threading.Thread(target=self._work, name="otel-odibi-spans", daemon=True)
+                thread.start()
+                self._thread = thread
 
     def _work(self) -> None:
         with suppress_instrumentation():
@@ -119,19 +123,29 @@ class SpanQueue(SpanProcessor):
                 self._export()
                 if flushes:
                     self._guarded(self._exporter.force_flush)
+                elif self._tick is not None:
+                    self._guarded(self._tick)
                 for done in flushes:
                     done.set()
-            self._export()
-            self._guarded(self._exporter.shutdown)
+            self._finish()
+
+    def _finish(self) -> None:
+        self._export()
+        self._guarded(self._exporter.shutdown)
+        while self._flushes:
+            self._flushes.popleft().set()
 
     def _export(self) -> None:
         while self._queue:
             batch = [self._queue.popleft() for _ in range(min(len(self._queue), self._wake_at))]
             self._exporting = len(batch)
-            result = self._guarded(self._exporter.export, [clean_span(span, self._cleaner) for span in batch])
+            result = self._guarded(self._send, batch)
             self._exporting = 0
             if result is not SpanExportResult.SUCCESS:
                 self._on_drop("export_failed", len(batch))
+
+    def _send(self, batch: list[ReadableSpan]) -> SpanExportResult:
+        return self._exporter.export([clean_span(span, self._cleaner) for span in batch])
 
     def _guarded(self, call: Callable[..., Any], *args: Any) -> Any:
         try:
@@ -147,11 +161,11 @@ def clean_span(span: ReadableSpan, cleaner: Cleaner) -> ReadableSpan:
     events = tuple(_clean_event(event, cleaner) for event in before[1]) if before[1] else before[1]
     links = tuple(_clean_link(link, cleaner) for link in before[2]) if before[2] else before[2]
     own = span.instrumentation_scope is not None and span.instrumentation_scope.name == names.SCOPE
-    name = span.name if own else cleaner.text(span.name)
+    name = span.name if own else clean_name(span.name)
     status = span.status if not span.status.description else _clean_status(span.status, cleaner)
-    if attributes is before[0] and _same(events, before[1]) and _same(links, before[2]):
-        if name == span.name and status is span.status:
-            return span
+    same = attributes is before[0] and _same(events, before[1]) and _same(links, before[2])
+    if same and name == span.name and status is span.status:
+        return span
     return ReadableSpan(
         name=name,
         context=span.context,
@@ -169,18 +183,25 @@ def clean_span(span: ReadableSpan, cleaner: Cleaner) -> ReadableSpan:
 
 
 def clean_attributes(attributes: Any, cleaner: Cleaner) -> Any:
-    """Return the attributes cleaned: the same object where nothing had to be changed."""
+    """Return the attributes, names and values cleaned: the same object where nothing had to be changed."""
     if not attributes:
         return attributes
-    changed: dict[str, Any] = {}
+    out: dict[str, Any] = {}
+    changed = False
     for key, value in attributes.items():
         kind = type(value)
-        if key in _OWN_ATTRIBUTES or kind is int or kind is float or kind is bool:
+        if kind is float or kind is bool or (key in _OWN_ATTRIBUTES and kind is not str):
+            out[key] = value
             continue
-        safe = cleaner.attribute(key, value)
-        if safe != value and not (kind is tuple and safe == list(value)):
-            changed[key] = safe
-    return {**attributes, **changed} if changed else attributes
+        # Our own are clean, unless someone has set them on the current span: short texts, and most known already.
+        name = key if key in _OWN_ATTRIBUTES else clean_name(key)
+        safe = clean_name(value) if name is key and key in _OWN_ATTRIBUTES else cleaner.attribute(name, value)
+        if name == key and (safe == list(value) if kind is tuple and type(safe) is list else safe == value):
+            out[key] = value
+        else:
+            out[name] = safe
+            changed = True
+    return out if changed else attributes
 
 
 def _same(a: Sequence[object], b: Sequence[object]) -> bool:
@@ -194,7 +215,8 @@ def _clean_status(status: Status, cleaner: Cleaner) -> Status:
 
 def _clean_event(event: Event, cleaner: Cleaner) -> Event:
     attributes: Mapping[str, Any] | None = clean_attributes(event.attributes, cleaner)
-    return event if attributes is event.attributes else Event(event.name, attributes, event.timestamp)
+    name = clean_name(event.name)
+    return event if attributes is event.attributes and name == event.name else Event(name, attributes, event.timestamp)
 
 
 def _clean_link(link: Link, cleaner: Cleaner) -> Link:

@@ -6,6 +6,7 @@ lines go through structlog. `structlog.configure` is the host's and is never cal
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import logging
 import sys
@@ -18,7 +19,7 @@ from opentelemetry import trace
 
 from otel_odibi import names
 from otel_odibi.calls import Node, current
-from otel_odibi.clean import Cleaner, clean_name, to_json
+from otel_odibi.clean import DEFAULT, Cleaner, clean_name, describe, to_json
 from otel_odibi.facts import CacheLookup, Edge, Failure, NodeFinished, NodeRetried, NodeStarted, RunFinished, RunStarted
 from otel_odibi.names import FAILURE, SUCCESS
 
@@ -26,13 +27,16 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
 Record = dict[str, Any]
-Output = Callable[[Record, bytes], None]
+Output = Callable[[Record, bytes], object]
 
 LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
-_PROTECTED: Final = frozenset(
-    ("timestamp", "level", "message", "service", "pipeline", "run_id", "trace_id", "span_id", "parent_span_id")
+_RESERVED: Final = frozenset(
+    ("pipeline", "run_id", "trace_id", "span_id", "parent_span_id", "trace_flags", "time_unix_nano")
 )
-"""Fields that a user's field of the same name must not replace; the user's gets a trailing underscore."""
+"""Fields that a user's field of the same name never stands for, nor replaces any other that is there already."""
+_OF_NODE: Final = frozenset(("node_name", "layer", "engine"))
+_USERS_EVENTS: Final = frozenset((names.CHECKPOINT_CREATED, names.ERROR, names.LOG))
+"""Event types that a user's line may have; lines of the others tell what really ran."""
 _STATUS: Final = {SUCCESS: "success", FAILURE: "failed"}
 _OWN_LOGGERS: Final = "otel_odibi"
 _ORDINARY: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
@@ -65,12 +69,12 @@ class LogWriter:
         clock: Callable[[], int] = time.time_ns,
         on_error: Callable[[str, BaseException], None],
     ) -> None:
-        self.service = service
+        self.service = clean_name(service)
         self.level = LEVELS[level]
         self.cleaner = cleaner
         self._outputs = outputs
         self._clock = clock
-        self._on_error = on_error
+        self.on_error = on_error
 
     @property
     def writes(self) -> bool:
@@ -97,22 +101,74 @@ class LogWriter:
         for output in self._outputs:
             try:
                 output(record, line)
-            except Exception as exc:  # noqa: BLE001 - telemetry never harms
-                self._on_error("log", exc)
+            except Exception as exc:  # noqa: BLE001, PERF203 - telemetry never harms
+                self.on_error("log", exc)
 
-    def log(self, level: str, message: object, fields: Mapping[str, Any]) -> None:
-        """Write a user's line: its message and fields cleaned, and bound to what is current here. Never raises."""
+    def log(self, level: str, message: object, fields: Mapping[str, Any], exc: BaseException | None = None) -> None:
+        """Write a user's line: its message and fields cleaned, and bound to what is current here. Never raises.
+
+        Of `exc` come error, error_type and stacktrace, never local variables. A field of a name that the record has
+        already, or that is reserved, gets a trailing underscore.
+        """
         if LEVELS.get(level, 20) < self.level:
             return
         try:
-            self.write(self._user_record(level, message, fields))
-        except Exception as exc:  # noqa: BLE001 - telemetry never harms
-            self._on_error("log", exc)
+            self.write(self._user_record(level, message, fields, exc))
+        except Exception as error:  # noqa: BLE001 - telemetry never harms
+            self.on_error("log", error)
 
-    def _user_record(self, level: str, message: object, fields: Mapping[str, Any]) -> Record:
+    def _user_record(self, level: str, message: object, fields: Mapping[str, Any], exc: BaseException | None) -> Record:
         now = self._clock()
-        text = message if isinstance(message, str) else str(message)
-        record = self._head(now, level, names.LOG, self.cleaner.text(text))
+        given = fields.get("event_type")
+        event_type = given if type(given) is str and given in _USERS_EVENTS else names.LOG
+        text = message if type(message) is str else describe(message)
+        record = self._head(now, level, event_type, self.cleaner.text(text))
+        self._add_current(record)
+        if exc is not None:
+            failure = self.cleaner.failure(exc)
+            _add_failure(record, failure)
+            record["stacktrace"] = failure.stacktrace
+        return self._completed(record, now, fields)
+
+    def event(self, level: str, event_type: str, message: str, fields: Mapping[str, Any], pipeline: str = "") -> None:
+        """Write a line of any event type, whatever the level, bound to what is current here. Never raises.
+
+        `pipeline` and the fields node_name, layer and engine tell what the line is of, instead of what is current.
+        """
+        try:
+            now = self._clock()
+            record = self._head(now, level, event_type, self.cleaner.text(message))
+            self._add_current(record)
+            for key in _OF_NODE if "node_name" in fields else _OF_NODE & fields.keys():
+                record.pop(key, None)
+            if pipeline and pipeline != record.get("pipeline"):
+                record.pop("run_id", None)
+                record["pipeline"] = clean_name(pipeline)
+            self.write(self._completed(record, now, fields))
+        except Exception as error:  # noqa: BLE001 - telemetry never harms
+            self.on_error("log", error)
+
+    def _completed(self, record: Record, now: int, fields: Mapping[str, Any]) -> Record:
+        """Add a user's fields, cleaned, and the ids of the current span."""
+        event_type = record["event_type"]
+        for key, value in fields.items():
+            name = clean_name(key)
+            if name == "event_type" and value is event_type:
+                continue
+            while name in record or name in _RESERVED:
+                name += "_"
+            record[name] = self.cleaner.value(value, name)
+        context = trace.get_current_span().get_span_context()
+        if context.is_valid:
+            record["trace_id"] = trace.format_trace_id(context.trace_id)
+            record["span_id"] = trace.format_span_id(context.span_id)
+        record["time_unix_nano"] = now
+        if context.is_valid:
+            record["trace_flags"] = int(context.trace_flags)
+        return record
+
+    def _add_current(self, record: Record) -> None:
+        """Add the run and the node that are under way here."""
         call = current.get()
         if call is not None and call.run is not None:
             record["pipeline"] = call.run.name
@@ -122,16 +178,6 @@ class LogWriter:
             for key, value in (("layer", call.layer), ("engine", call.engine)):
                 if value:
                     record[key] = value
-        for key, value in fields.items():
-            name = clean_name(key)
-            record[f"{name}_" if name in _PROTECTED else name] = self.cleaner.value(value, name)
-        context = trace.get_current_span().get_span_context()
-        if context.is_valid:
-            record["trace_id"] = trace.format_trace_id(context.trace_id)
-            record["span_id"] = trace.format_span_id(context.span_id)
-            record["trace_flags"] = int(context.trace_flags)
-        record["time_unix_nano"] = now
-        return record
 
     def _head(self, now: int, level: str, event_type: str, message: str) -> Record:
         return {
@@ -279,7 +325,9 @@ def _identified(record: Record, fact: NodeStarted | RunStarted, now: int) -> Rec
 
 def _links(edges: tuple[Edge, ...]) -> list[dict[str, str]]:
     return [
-        {"node": e.node, "trace_id": f"{e.trace_id:032x}", "span_id": f"{e.span_id:016x}"} if e.span_id else {"node": e.node}
+        {"node": e.node, "trace_id": f"{e.trace_id:032x}", "span_id": f"{e.span_id:016x}"}
+        if e.span_id
+        else {"node": e.node}
         for e in edges
     ]
 
@@ -309,10 +357,85 @@ def get_logger(**fields: Any) -> FilteringBoundLogger:
     """
     import structlog  # imports rich where that is installed, 130 ms: not at import of this package
 
-    wrapper = structlog.make_filtering_bound_logger(0)  # the level is a setting and is looked at on writing
     processors = (structlog.contextvars.merge_contextvars, _hand_over)
-    logger: FilteringBoundLogger = structlog.wrap_logger(_Nowhere(), processors=processors, wrapper_class=wrapper, **fields)
+    logger: FilteringBoundLogger = structlog.wrap_logger(
+        _Nowhere(), processors=processors, wrapper_class=_logger_class(), **fields
+    )
     return logger
+
+
+@functools.cache
+def _logger_class() -> type[FilteringBoundLogger]:
+    """Make structlog's own logger class over with methods that never raise: its own raise where %-formatting does."""
+    import structlog
+
+    methods: dict[str, Any] = {}
+    for name in (*LEVELS, *_ALIASES):
+        methods[name] = _method(name)
+        methods[f"a{name}"] = _async_method(name)
+    methods["log"] = lambda self, level, *args, **fields: getattr(self, _level(level))(*args, **fields)
+    methods["alog"] = lambda self, level, *args, **fields: getattr(self, f"a{_level(level)}")(*args, **fields)
+    base = structlog.make_filtering_bound_logger(0)  # the level is a setting and is looked at on writing
+    return type("Logger", (base,), methods)
+
+
+_ALIASES: Final = {"warn": "warning", "fatal": "critical", "msg": "info", "exception": "error"}
+
+
+def _level(number: object) -> str:
+    """Return the name of the highest level that a number reaches."""
+    value = number if isinstance(number, (int, float)) else 0
+    return next((name for name, least in reversed(LEVELS.items()) if value >= least), "debug")
+
+
+def _method(method_name: str) -> Callable[..., None]:
+    level = _ALIASES.get(method_name, method_name)
+
+    def method(self: Any, event: object = "", /, *args: object, **fields: Any) -> None:
+        if method_name == "exception":
+            fields.setdefault("exc_info", True)
+        for taken in {"event", "method_name"} & fields.keys():  # parameters of what comes next
+            name = f"{taken}_"
+            while name in fields:
+                name += "_"
+            fields[name] = fields.pop(taken)
+        try:
+            self._proxy_to_logger(level, _formatted(event, args), **fields)
+        except Exception as exc:  # noqa: BLE001 - a host's processor that was bound to it, perhaps
+            if _writer is not None:
+                _writer.on_error("log", exc)
+
+    return method
+
+
+def _async_method(name: str) -> Callable[..., Any]:
+    method = _method(name)
+
+    async def asynchronous(self: Any, event: object = "", /, *args: object, **fields: Any) -> None:
+        if name == "exception" or fields.get("exc_info") is True:
+            fields["exc_info"] = sys.exc_info()  # of this thread
+        call = functools.partial(contextvars.copy_context().run, method, self, event, *args, **fields)
+        import asyncio
+
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # another event loop than asyncio's
+            call()
+        else:
+            await loop.run_in_executor(None, call)
+
+    return asynchronous
+
+
+def _formatted(template: object, args: Any) -> object:
+    """Return the message with its arguments put in, or beside it where they do not fit."""
+    if not args:
+        return template
+    try:
+        only = args[0] if isinstance(args, tuple) and len(args) == 1 else None
+        return template % (only if isinstance(only, Mapping) and only else args)  # type: ignore[operator]
+    except Exception:  # noqa: BLE001 - an argument's own __str__ may raise anything
+        return f"{describe(template)} {to_json(DEFAULT.value(args)).decode()}"
 
 
 def _hand_over(logger: Any, method: str, event_dict: MutableMapping[str, Any]) -> Any:
@@ -320,24 +443,19 @@ def _hand_over(logger: Any, method: str, event_dict: MutableMapping[str, Any]) -
     writer = _writer
     if writer is not None:
         message = event_dict.pop("event", "")
-        level = {"exception": "error", "warn": "warning", "fatal": "critical"}.get(method, method)
-        writer.log(level, message, _with_exception(event_dict, event_dict.pop("exc_info", None), writer.cleaner))
+        exc = _exception(event_dict.pop("exc_info", None))
+        writer.log(method, message, event_dict, exc)
     return (), {}
 
 
-def _with_exception(fields: MutableMapping[str, Any], exc_info: Any, cleaner: Cleaner) -> MutableMapping[str, Any]:
-    """Replace structlog's and logging's `exc_info` by error, error_type and stacktrace: never with local variables."""
+def _exception(exc_info: Any) -> BaseException | None:
+    """Return the exception that structlog's or logging's `exc_info` speaks of."""
+    if isinstance(exc_info, BaseException):
+        return exc_info
     if not exc_info:
-        return fields
-    exc = exc_info if isinstance(exc_info, BaseException) else None
-    if isinstance(exc_info, tuple) and len(exc_info) == 3:
-        exc = exc_info[1]
-    elif exc is None:
-        exc = sys.exc_info()[1]
-    if exc is None:
-        return fields
-    failure = cleaner.failure(exc)
-    return {**fields, "error": failure.message, "error_type": failure.type, "stacktrace": failure.stacktrace}
+        return None
+    found = exc_info[1] if isinstance(exc_info, tuple) and len(exc_info) == 3 else sys.exc_info()[1]
+    return found if isinstance(found, BaseException) else None
 
 
 class _Nowhere:
@@ -360,9 +478,16 @@ class LoggingHandler(logging.Handler):
         if writer is None or record.name.partition(".")[0] == _OWN_LOGGERS:
             return
         try:
-            level = next((name for name, number in reversed(LEVELS.items()) if record.levelno >= number), "debug")
-            extra = {key: value for key, value in vars(record).items() if key not in _ORDINARY}
-            fields = _with_exception({"logger": record.name, **extra}, record.exc_info, writer.cleaner)
-            writer.log(level, record.getMessage(), fields)
+            fields = {key: value for key, value in vars(record).items() if key not in _ORDINARY}
+            writer.log(
+                _level(record.levelno), _message(record), {"logger": record.name, **fields}, _exception(record.exc_info)
+            )
         except Exception:  # noqa: BLE001 - a record's arguments may not fit its format
             self.handleError(record)
+
+
+def _message(record: logging.LogRecord) -> object:
+    try:
+        return record.getMessage()
+    except Exception:  # noqa: BLE001 - the arguments may not fit the format
+        return _formatted(record.msg, record.args)

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from opentelemetry.metrics import Meter, Observation
@@ -29,6 +29,7 @@ from otel_odibi.facts import (
     RunFinished,
     RunStarted,
 )
+from otel_odibi.forks import after_fork
 from otel_odibi.names import DURATION_BOUNDS, LOST, SKIPPED, SUCCESS, Instrument
 
 TIMELESS: Final = (SKIPPED, LOST)
@@ -49,8 +50,8 @@ class Histogram:
         self.max = 0.0
         self.exemplars: dict[int, Exemplar] = {}
 
-    def record(self, seconds: float, time_unix_nano: int, trace_id: int, span_id: int) -> None:
-        """Count one duration; it becomes its bucket's exemplar."""
+    def record(self, seconds: float, time_unix_nano: int, start: NodeStarted | RunStarted) -> None:
+        """Count one duration; it becomes its bucket's exemplar where its span is sampled."""
         bucket = bisect_left(DURATION_BOUNDS, seconds)
         self.counts[bucket] += 1
         self.count += 1
@@ -59,7 +60,8 @@ class Histogram:
             self.min = seconds
         if seconds > self.max:
             self.max = seconds
-        self.exemplars[bucket] = Exemplar(seconds, time_unix_nano, trace_id, span_id)
+        if start.trace_flags & 1:
+            self.exemplars[bucket] = Exemplar(seconds, time_unix_nano, start.trace_id, start.span_id)
 
     def point(self, attributes: Mapping[str, str | bool]) -> Distribution:
         """Return the counts so far as a point with these attributes."""
@@ -70,7 +72,18 @@ class Histogram:
 class _NodeSeries:
     """Everything counted for one node of one pipeline, layer and engine."""
 
-    __slots__ = ("active", "attributes", "durations", "hits", "misses", "retries", "rows_in", "rows_out", "rss", "throughput")
+    __slots__ = (
+        "active",
+        "attributes",
+        "durations",
+        "hits",
+        "misses",
+        "retries",
+        "rows_in",
+        "rows_out",
+        "rss",
+        "throughput",
+    )
 
     def __init__(self, attributes: Mapping[str, str | bool]) -> None:
         self.attributes = attributes
@@ -96,7 +109,8 @@ class Aggregates:
     """Listens to facts and keeps the totals of every instrument in `names.INSTRUMENTS`. Thread-safe; never raises.
 
     At most `limit` nodes, pipelines and edges are kept apart; what comes on top adds up in one series with the
-    attribute `otel.metric.overflow`, and `on_overflow` is told the instrument whose attributes are too many.
+    attribute `otel.metric.overflow`, and at the next collection `on_overflow` is told the instrument whose attributes
+    are too many: not under the lock, as it may log, and a host's logging handler may do anything.
     Source: OpenTelemetry metrics SDK specification, Cardinality limits.
     """
 
@@ -107,7 +121,8 @@ class Aggregates:
         clock: Callable[[], int] = time.time_ns,
         on_overflow: Callable[[str], None] = lambda name: None,
     ) -> None:
-        self._lock = threading.Lock()
+        # Reentrant: a signal handler, or a generator that garbage collection closes, may finish a node inside of it.
+        self._lock = threading.RLock()
         self._limit = limit
         self._clock = clock
         self._on_overflow = on_overflow
@@ -116,6 +131,7 @@ class Aggregates:
         self._pipelines: dict[str, _PipelineSeries] = {}
         self._edges: dict[tuple[str, str, str], Mapping[str, str | bool]] = {}
         self._dropped: dict[tuple[str, str], int] = {}
+        self._turned_away: set[str] = set()
         self._extra_nodes = _NodeSeries(_OVERFLOW)
         self._extra_pipelines = _PipelineSeries(_OVERFLOW)
 
@@ -150,7 +166,7 @@ class Aggregates:
                 if histogram is None:
                     histogram = series.durations[fact.outcome] = Histogram()
                 seconds = fact.duration_ns / 1e9
-                histogram.record(seconds, fact.time_unix_nano, start.trace_id, start.span_id)
+                histogram.record(seconds, fact.time_unix_nano, start)
                 if fact.rows_out is not None and seconds > 0:
                     series.throughput = fact.rows_out / seconds
             if fact.rows_in is not None:
@@ -187,8 +203,9 @@ class Aggregates:
         with self._lock:
             series = self._pipeline(start.pipeline)
             series.active -= 1
-            histogram = series.durations.setdefault(fact.outcome, Histogram())
-            histogram.record(fact.duration_ns / 1e9, fact.time_unix_nano, start.trace_id, start.span_id)
+            if fact.outcome not in TIMELESS:
+                histogram = series.durations.setdefault(fact.outcome, Histogram())
+                histogram.record(fact.duration_ns / 1e9, fact.time_unix_nano, start)
             if fact.outcome == SUCCESS:
                 series.last_success = fact.time_unix_nano / 1e9
 
@@ -203,10 +220,17 @@ class Aggregates:
         with self._lock:
             return dict(self._dropped)
 
+    def uptime(self) -> float:
+        """Return the seconds since this began to count."""
+        return (self._clock() - self.start_time_unix_nano) / 1e9
+
     def collect(self) -> list[Family]:
         """Return every instrument that has points, cumulative since the start, in the order of the registry."""
         with self._lock:
             points = self._points()
+            turned_away, self._turned_away = self._turned_away, set()
+        for name in turned_away:
+            self._on_overflow(name)
         return [Family(instrument, tuple(points[instrument])) for instrument in names.INSTRUMENTS if points[instrument]]
 
     def _node(self, fact: NodeStarted) -> _NodeSeries:
@@ -214,17 +238,17 @@ class Aggregates:
         series = self._nodes.get(key)
         if series is None:
             if len(self._nodes) >= self._limit:
-                self._on_overflow(names.NODE_DURATION.name)
+                self._turned_away.add(names.NODE_DURATION.name)
                 return self._extra_nodes
-            labels = zip(("pipeline", "node", "layer", "engine"), key, strict=True)
-            series = self._nodes[key] = _NodeSeries({label: value for label, value in labels if value})
+            attributes = _known(pipeline=fact.pipeline, node=fact.node, layer=fact.layer, engine=fact.engine)
+            series = self._nodes[key] = _NodeSeries(attributes)
         return series
 
     def _pipeline(self, name: str) -> _PipelineSeries:
         series = self._pipelines.get(name)
         if series is None:
             if len(self._pipelines) >= self._limit:
-                self._on_overflow(names.PIPELINE_DURATION.name)
+                self._turned_away.add(names.PIPELINE_DURATION.name)
                 return self._extra_pipelines
             series = self._pipelines[name] = _PipelineSeries({"pipeline": name})
         return series
@@ -234,9 +258,9 @@ class Aggregates:
         if key in self._edges or source == target:
             return
         if len(self._edges) >= self._limit:
-            self._on_overflow(names.NODE_EDGE.name)
+            self._turned_away.add(names.NODE_EDGE.name)
         else:
-            self._edges[key] = {"pipeline": pipeline, "source": source, "target": target}
+            self._edges[key] = _known(pipeline=pipeline, source=source, target=target)
 
     def _points(self) -> dict[Instrument, list[Any]]:
         points: dict[Instrument, list[Any]] = {instrument: [] for instrument in names.INSTRUMENTS}
@@ -250,8 +274,7 @@ class Aggregates:
         for pipeline in (*self._pipelines.values(), self._extra_pipelines):
             _add_pipeline(points, pipeline)
         points[names.NODE_EDGE] = [Number(attributes, 1) for attributes in self._edges.values()]
-        uptime = (self._clock() - self.start_time_unix_nano) / 1e9
-        points[names.PROCESS_UPTIME] = [Number({}, uptime)]
+        points[names.PROCESS_UPTIME] = [Number({}, self.uptime())]
         points[names.TELEMETRY_DROPPED] = [
             Number({"signal": signal, "reason": reason}, count) for (signal, reason), count in self._dropped.items()
         ]
@@ -307,16 +330,18 @@ class ApiInstruments:
     """
 
     def __init__(self, meter: Meter, own: Aggregates) -> None:
-        make = {"counter": meter.create_counter, "updowncounter": meter.create_up_down_counter, "gauge": meter.create_gauge}
+        make = {
+            "counter": meter.create_counter,
+            "updowncounter": meter.create_up_down_counter,
+            "gauge": meter.create_gauge,
+        }
         self._of: dict[Instrument, Any] = {}
         for instrument in names.INSTRUMENTS:
             text = {"name": instrument.name, "unit": instrument.unit, "description": instrument.description}
             if instrument is names.PROCESS_UPTIME:
-                meter.create_observable_gauge(callbacks=[lambda options: observe(own, names.PROCESS_UPTIME)], **text)
+                meter.create_observable_gauge(callbacks=[lambda options: [Observation(own.uptime())]], **text)
             elif instrument is names.TELEMETRY_DROPPED:
-                meter.create_observable_counter(
-                    callbacks=[lambda options: observe(own, names.TELEMETRY_DROPPED)], **text
-                )
+                meter.create_observable_counter(callbacks=[lambda options: _losses(own)], **text)
             elif instrument.kind == "histogram":
                 bounds = list(DURATION_BOUNDS)
                 self._of[instrument] = meter.create_histogram(explicit_bucket_boundaries_advisory=bounds, **text)
@@ -338,7 +363,7 @@ class ApiInstruments:
         """Record a finished execution: duration, rows, throughput, memory, edges."""
         start, of = fact.start, self._of
         key = _node_key(start)
-        attributes = {**key, "layer": start.layer, "engine": start.engine}
+        attributes = {**key, **_known(layer=start.layer, engine=start.engine)}
         of[names.NODE_ACTIVE].add(-1, key)
         if fact.outcome not in TIMELESS:
             seconds = fact.duration_ns / 1e9
@@ -352,7 +377,7 @@ class ApiInstruments:
             of[names.NODE_MEMORY].set(fact.rss, key)
         for edge in fact.edges:
             if edge.node != start.node:
-                edge_key = {"pipeline": start.pipeline, "source": edge.node, "target": start.node}
+                edge_key = _known(pipeline=start.pipeline, source=edge.node, target=start.node)
                 of[names.NODE_EDGE].set(1, edge_key)
 
     def cache_looked_up(self, fact: CacheLookup) -> None:
@@ -364,22 +389,24 @@ class ApiInstruments:
         """Record a finished run and, where it succeeded, when."""
         key = {"pipeline": fact.start.pipeline}
         self._of[names.PIPELINE_ACTIVE].add(-1, key)
-        self._of[names.PIPELINE_DURATION].record(fact.duration_ns / 1e9, {**key, "outcome": fact.outcome})
+        if fact.outcome not in TIMELESS:
+            self._of[names.PIPELINE_DURATION].record(fact.duration_ns / 1e9, {**key, "outcome": fact.outcome})
         if fact.outcome == SUCCESS:
             self._of[names.PIPELINE_LAST_SUCCESS].set(fact.time_unix_nano / 1e9, key)
 
 
-def _node_key(fact: NodeStarted) -> dict[str, str]:
-    return {"pipeline": fact.pipeline, "node": fact.node}
+def _losses(own: Aggregates) -> list[Observation]:
+    lost = own.dropped().items()
+    return [Observation(count, {"signal": signal, "reason": reason}) for (signal, reason), count in lost]
 
 
-def observe(own: Aggregates, instrument: Instrument) -> Iterable[Observation]:
-    """Return the points of one counter or gauge as an observable instrument's callback gives them."""
-    for family in own.collect():
-        if family.instrument is instrument:
-            for point in family.points:
-                if isinstance(point, Number):
-                    yield Observation(point.value, dict(point.attributes))
+def _node_key(fact: NodeStarted) -> dict[str, str | bool]:
+    return _known(pipeline=fact.pipeline, node=fact.node)
+
+
+def _known(**attributes: str) -> dict[str, str | bool]:
+    """Return the attributes that have a value: a node outside any pipeline has no pipeline, not an empty one."""
+    return {key: value for key, value in attributes.items() if value}
 
 
 @functools.cache
@@ -397,8 +424,7 @@ class RssReader:
     def __init__(self) -> None:
         self._page = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
         self._open()
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._reopen)  # an open /proc/self names the process that opened it
+        after_fork(self._reopen)  # an open /proc/self names the process that opened it
 
     def _open(self) -> None:
         try:

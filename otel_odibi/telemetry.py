@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import logging
 import os
 import threading
 import time
 import uuid
-import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from opentelemetry import metrics as metrics_api
 from opentelemetry import trace as trace_api
+from opentelemetry.metrics import Observation
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import (
     AggregationTemporality,
@@ -31,23 +32,28 @@ from opentelemetry.sdk.trace.export import SpanExporter
 from typing_extensions import Self
 
 from otel_odibi import logs, names, runtime
-from otel_odibi.clean import DEFAULT, Cleaner
+from otel_odibi.clean import DEFAULT, Cleaner, message_of
 from otel_odibi.delivery import SpanQueue
 from otel_odibi.errors import SettingError
-from otel_odibi.exporters.jsonl import JsonlSink, safe_name
+from otel_odibi.exporters.jsonl import JsonlSink
 from otel_odibi.exporters.points import CUMULATIVE, Producer, WithProducer
 from otel_odibi.facts import Fact
+from otel_odibi.forks import after_fork
 from otel_odibi.logs import LogWriter
-from otel_odibi.metrics import Aggregates, ApiInstruments, observe, rss_reader
+from otel_odibi.metrics import Aggregates, ApiInstruments, rss_reader
 from otel_odibi.runtime import FACTS, Runtime
 from otel_odibi.settings import Settings
 from otel_odibi.spans import LeanTracer
 
+if TYPE_CHECKING:
+    from otel_odibi.exporters.otlp import OtlpLogs
+
 _log: Final = logging.getLogger(names.SCOPE)
+_LOST: Final = "telemetry lost: %s, reason %s (counted in odibi.telemetry.dropped)"
 
 
 class Troubles:
-    """Where every loss and inner error goes: counted in `odibi.telemetry.dropped`, warned about once a cause a minute.
+    """Where losses and inner errors go: counted in `odibi.telemetry.dropped`, warned about once a cause a minute.
 
     Thread-safe; never raises.
     """
@@ -60,7 +66,7 @@ class Troubles:
     def dropped(self, signal: str, reason: str, count: int = 1) -> None:
         """Count `count` lost items of a signal (spans, metrics, logs)."""
         self._drop(signal, reason, count)
-        self.warn(signal, reason, "telemetry lost: %s, reason %s (counted in odibi.telemetry.dropped)", signal, reason)
+        self.warn(signal, reason, _LOST, signal, reason)
 
     def on_drop(self, signal: str) -> Callable[[str, int], None]:
         """Return a function (reason, count) that counts losses of this signal."""
@@ -70,14 +76,16 @@ class Troubles:
         """Count an inner error, which the user's pipeline never sees."""
         kind = type(exc).__name__
         self._drop("internal", where, 1)
-        self.warn(where, kind, "error inside telemetry, in %s: %s", where, DEFAULT.text(f"{kind}: {exc}", 500))
+        self.warn(
+            where, kind, "error inside telemetry, in %s: %s", where, DEFAULT.text(f"{kind}: {message_of(exc)}", 500)
+        )
 
     def overflow(self, instrument: str) -> None:
         """Warn that a metric has more series than the limit."""
         self.warn(
             "cardinality", instrument,
-            "metric %s has reached the cardinality limit: further attribute sets (pipeline, node, layer, engine) add up "
-            "in one overflow series; use fewer node names or raise cardinality_limit", instrument,
+            "metric %s has reached the cardinality limit: further attribute sets (pipeline, node, layer, engine) add "
+            "up in one overflow series; use fewer node names or raise cardinality_limit", instrument,
         )  # fmt: skip
 
     def warn(self, cause: str, detail: str, message: str, *args: object) -> None:
@@ -89,10 +97,8 @@ class Troubles:
         if len(self._warned) > 1_000:
             self._warned.clear()
         self._warned[(cause, detail)] = now
-        try:
+        with contextlib.suppress(Exception):  # a host's logging handler may raise
             _log.warning(message, *args)
-        except Exception:  # noqa: BLE001, S110 - a host's logging handler may raise
-            pass
 
 
 class Telemetry:
@@ -112,6 +118,7 @@ class Telemetry:
         metric_readers: tuple[MetricReader, ...] = (),
         log_outputs: tuple[logs.Output, ...] = (),
         clock: Callable[[], int] = time.time_ns,
+        environ: Mapping[str, str] = os.environ,
         runtime_options: Mapping[str, Any] | None = None,
     ) -> None:
         self.settings = settings
@@ -119,19 +126,24 @@ class Telemetry:
         self.prometheus_url: str | None = None
         self.queues: list[SpanQueue] = []
         self._sinks: list[JsonlSink] = []
-        self._log_provider: Any = None
+        self._otlp_logs: OtlpLogs | None = None
         self._handler: logging.Handler | None = None
         self._lock = threading.Lock()
         self._closed = False
         self._clock = clock
+        self._environ = environ
         self.aggregates = Aggregates(
             settings.cardinality_limit, clock=clock, on_overflow=lambda name: self.troubles.overflow(name)
         )
         self.troubles = Troubles(self.aggregates.drop)
-        self.resource = _resource(settings)
-        self.tracer_provider = self._tracing(tracer_provider, span_exporters)
-        self.meter_provider = self._metering(metric_readers)
-        self.log_writer = self._logging(log_outputs)
+        self.resource = _resource(settings, self.cleaner)
+        try:
+            self.tracer_provider = self._tracing(tracer_provider, span_exporters)
+            self.log_writer = self._logging(log_outputs)
+            self.meter_provider = self._metering(metric_readers)
+        except BaseException:  # a port that is taken, an extra that is missing: leave no file and no thread behind
+            self._close_logs(time.monotonic())
+            raise
         self.runtime = Runtime(
             self._tracer(),
             self._listeners(meter_provider),
@@ -141,7 +153,7 @@ class Telemetry:
             measure=settings.measure,
             **{"read_rss": rss_reader(), **(runtime_options or {})},
         )
-        _follow_forks(self.aggregates)
+        after_fork(self.aggregates.after_fork)
 
     @property
     def directory(self) -> Path | None:
@@ -150,9 +162,13 @@ class Telemetry:
 
     # --- assembly ----------------------------------------------------------------------------------------------------
 
-    def _tracing(self, host: trace_api.TracerProvider | None, extra: tuple[SpanExporter, ...]) -> trace_api.TracerProvider:
-        provider = host or TracerProvider(
-            resource=self.resource, shutdown_on_exit=False, meter_provider=metrics_api.NoOpMeterProvider()
+    def _tracing(
+        self, host: trace_api.TracerProvider | None, extra: tuple[SpanExporter, ...]
+    ) -> trace_api.TracerProvider:
+        provider = host or enabled(
+            TracerProvider(
+                resource=self.resource, shutdown_on_exit=False, meter_provider=metrics_api.NoOpMeterProvider()
+            )
         )
         for exporter in (*self._span_exporters(), *extra):
             queue = SpanQueue(
@@ -178,7 +194,9 @@ class Telemetry:
         if isinstance(provider, TracerProvider):
             provider.add_span_processor(queue)
         else:
-            self.troubles.warn("host", "provider", "the host's tracer provider takes no exporters: spans go to it alone")
+            self.troubles.warn(
+                "host", "provider", "the host's tracer provider takes no exporters: spans go to it alone"
+            )
 
     def _span_exporters(self) -> list[SpanExporter]:
         s, on_drop = self.settings, self.troubles.on_drop("spans")
@@ -194,22 +212,24 @@ class Telemetry:
             from otel_odibi.exporters.json import JsonSpanExporter
 
             exporters.append(JsonSpanExporter(s.directory, service=s.service_name, on_drop=on_drop))
-        if wants_otlp(s, "TRACES"):
+        if wants_otlp(s, "TRACES", self._environ):
             from otel_odibi.exporters import otlp
 
             exporters.append(otlp.span_exporter(s))
         return exporters
 
     def _metering(self, extra: tuple[MetricReader, ...]) -> MeterProvider:
+        on_drop = self.troubles.on_drop("metrics")
         interval = self.settings.metric_interval * 1000
+        exporters, endpoint = self._metric_exporters(), self._endpoint()  # what may fail comes before there are threads
         readers: list[MetricReader] = [
-            PeriodicExportingMetricReader(WithProducer(exporter, self.producer), interval, 10_000)
-            for exporter in self._metric_exporters()
+            PeriodicExportingMetricReader(WithProducer(exporter, self.producer, on_drop), interval, 10_000)
+            for exporter in exporters
         ]
-        provider = MeterProvider([*readers, *extra, *self._endpoint()], self.resource, shutdown_on_exit=False)
+        provider = enabled(MeterProvider([*readers, *extra, *endpoint], self.resource, shutdown_on_exit=False))
         uptime = names.PROCESS_UPTIME  # the SDK's own: a reader of a provider without instruments exports nothing
         provider.get_meter(names.SCOPE).create_observable_gauge(
-            uptime.name, [lambda options: observe(self.aggregates, uptime)], uptime.unit, uptime.description
+            uptime.name, [lambda options: [Observation(self.aggregates.uptime())]], uptime.unit, uptime.description
         )
         return provider
 
@@ -231,7 +251,7 @@ class Telemetry:
             from otel_odibi.exporters.textfile import TextfileMetricExporter
 
             exporters.append(TextfileMetricExporter(s.directory, service=s.service_name, on_drop=on_drop))
-        if wants_otlp(s, "METRICS"):
+        if wants_otlp(s, "METRICS", self._environ):
             from otel_odibi.exporters import otlp
 
             exporters.append(otlp.metric_exporter(s))
@@ -240,10 +260,13 @@ class Telemetry:
     def producer(self, temporality: AggregationTemporality = CUMULATIVE) -> Producer:
         """Make what adds this telemetry's own metrics to those of one metric reader."""
         aggregates = self.aggregates
-        return Producer(aggregates.collect, self.resource, aggregates.start_time_unix_nano, temporality, self._clock)
+        return Producer(
+            aggregates.collect, self.resource, lambda: aggregates.start_time_unix_nano, temporality, self._clock
+        )
 
     def _endpoint(self) -> list[MetricReader]:
-        if self.settings.prometheus_port is None:
+        s = self.settings
+        if s.prometheus_port is None:
             return []
         from otel_odibi.exporters.prometheus import PrometheusReader
 
@@ -253,7 +276,7 @@ class Telemetry:
             def _receive_metrics(self, metrics_data: MetricsData, *args: Any, **kwargs: Any) -> None:
                 super()._receive_metrics(producer.merge(metrics_data), *args, **kwargs)
 
-        reader = Endpoint(self.settings.prometheus_host, self.settings.prometheus_port)
+        reader = Endpoint(s.prometheus_host, s.prometheus_port, on_drop=self.troubles.on_drop("metrics"))
         self.prometheus_url = reader.url
         return [reader]
 
@@ -263,18 +286,18 @@ class Telemetry:
         if s.logs and s.directory is not None:
             sink = JsonlSink(
                 s.directory / "logs",
-                safe_name(s.service_name),
+                s.service_name,
                 max_bytes=s.log_max_bytes,
                 retention_bytes=s.log_retention_bytes,
                 on_drop=self.troubles.on_drop("logs"),
             )
             self._sinks.append(sink)
-            outputs.append(lambda record, line: sink.write(line) and None)
-        if wants_otlp(s, "LOGS") and (s.otlp_logs if s.otlp_logs is not None else not outputs):
+            outputs.append(lambda record, line: sink.write(line))
+        if wants_otlp(s, "LOGS", self._environ) and (s.otlp_logs if s.otlp_logs is not None else not outputs):
             from otel_odibi.exporters import otlp
 
-            self._log_provider = otlp.logger_provider(s, self.resource)
-            outputs.append(otlp.log_output(self._log_provider))
+            self._otlp_logs = otlp.OtlpLogs(s, self.resource)
+            outputs.append(self._otlp_logs.output)
         return LogWriter(
             s.service_name,
             (*outputs, *extra),
@@ -313,17 +336,24 @@ class Telemetry:
             listeners[kind] = (*listeners[kind], listener)
 
     def flush(self, timeout: float = 10.0) -> bool:
-        """Write and send everything recorded so far; True where that was done within `timeout` seconds. Never raises."""
+        """Write and send all that was recorded so far; True where that was done within `timeout` seconds.
+
+        Never raises. What takes longer goes on in the background.
+        """
+        if self._closed:
+            return True
         deadline = time.monotonic() + timeout
-        done = all([queue.force_flush(_left_ms(deadline)) for queue in self.queues])
+        done = [queue.force_flush(_left_ms(deadline)) for queue in self.queues]
+        done.append(_within(self._flush_metrics_and_logs, deadline))
+        return all(done)
+
+    def _flush_metrics_and_logs(self) -> bool:
         try:
-            self.meter_provider.force_flush(_left_ms(deadline))
-            if self._log_provider is not None:
-                self._log_provider.force_flush(_left_ms(deadline))
+            done = self.meter_provider.force_flush()
+            return done if self._otlp_logs is None else self._otlp_logs.flush() and done
         except Exception as exc:  # noqa: BLE001 - the SDK raises what its readers raised
             self.troubles.error("flush", exc)
             return False
-        return done
 
     def shutdown(self, timeout: float | None = None) -> None:
         """Flush, close every file and thread, give globals back; scopes go on without recording. Idempotent.
@@ -350,10 +380,13 @@ class Telemetry:
             self.troubles.error("shutdown", exc)
         for queue in self.queues:
             queue.shutdown(_left_ms(deadline))
+        self._close_logs(deadline)
+
+    def _close_logs(self, deadline: float) -> None:
         for sink in self._sinks:
-            sink.close(max(0.0, deadline - time.monotonic()))
-        if self._log_provider is not None:
-            self._log_provider.shutdown()
+            sink.close(_left_ms(deadline) / 1000)
+        if self._otlp_logs is not None:
+            self._otlp_logs.shutdown(_left_ms(deadline))
 
     def __enter__(self) -> Self:
         return self
@@ -366,33 +399,41 @@ def _left_ms(deadline: float) -> int:
     return max(0, int((deadline - time.monotonic()) * 1000))
 
 
-def _resource(settings: Settings) -> Resource:
+def _within(work: Callable[[], bool], deadline: float) -> bool:
+    """Do the work in a thread of its own, as it may hang; return its result, False where it is not done in time."""
+    results: list[bool] = []
+    thread = threading.Thread(target=lambda: results.append(work()), name="otel-odibi-flush", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # no thread to be had
+        return work()
+    thread.join(_left_ms(deadline) / 1000)
+    return bool(results) and results[0]
+
+
+P = TypeVar("P", TracerProvider, MeterProvider)
+
+
+def enabled(provider: P) -> P:
+    """Return the provider, working whatever OTEL_SDK_DISABLED says: the settings have looked at that already."""
+    provider._disabled = False
+    return provider
+
+
+def _resource(settings: Settings, cleaner: Cleaner) -> Resource:
     attributes: dict[str, Any] = {**settings.resource, names.SERVICE_NAME: settings.service_name}
     if settings.environment:
         attributes[names.DEPLOYMENT_ENVIRONMENT_NAME] = settings.environment
     attributes.setdefault(names.SERVICE_INSTANCE_ID, str(uuid.uuid4()))
-    attributes = {key: DEFAULT.attribute(key, value) for key, value in attributes.items()}
+    attributes = {key: cleaner.attribute(key, value) for key, value in attributes.items()}
     return Resource.create(attributes)
 
 
-def wants_otlp(settings: Settings, signal: str) -> bool:
+def wants_otlp(settings: Settings, signal: str, environ: Mapping[str, str] = os.environ) -> bool:
     """Tell whether a signal (TRACES, METRICS, LOGS) goes out by OTLP: an endpoint is set, and it is not turned off."""
-    if not settings.enabled or os.environ.get(f"OTEL_{signal}_EXPORTER", "").strip().lower() == "none":
+    if not settings.enabled or environ.get(f"OTEL_{signal}_EXPORTER", "").strip().lower() == "none":
         return False
-    return bool(settings.otlp_endpoint or os.environ.get(f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT", "").strip())
-
-
-def _follow_forks(aggregates: Aggregates) -> None:
-    if not hasattr(os, "register_at_fork"):
-        return
-    reference = weakref.ref(aggregates)
-
-    def after_fork() -> None:
-        found = reference()
-        if found is not None:
-            found.after_fork()
-
-    os.register_at_fork(after_in_child=after_fork)
+    return bool(settings.otlp_endpoint or environ.get(f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT", "").strip())
 
 
 # --- the globals -----------------------------------------------------------------------------------------------------
@@ -426,7 +467,7 @@ def configure(
     global _current
     given = {"service_name": service_name, "directory": directory, "environment": environment, **settings}
     loaded = Settings.load(given)
-    _check_directory(loaded.directory)
+    _check_directory(loaded.directory if loaded.enabled else None)
     with _lock:
         if _current is not None:
             _current.shutdown()
@@ -452,7 +493,7 @@ def _check_directory(directory: Path | None) -> None:
     if directory is None:
         return
     try:
-        directory.mkdir(parents=True, exist_ok=True, mode=0o750)
+        directory.mkdir(parents=True, exist_ok=True)  # node_exporter, another user, reads the .prom file in it
         usable = os.access(directory, os.W_OK | os.X_OK)
     except OSError as exc:
         raise SettingError("directory", str(directory), f"cannot be made ({exc.strerror})", "give another") from None
@@ -463,7 +504,9 @@ def _check_directory(directory: Path | None) -> None:
 def _host_tracing() -> trace_api.TracerProvider | None:
     """Return the tracer provider that a host application has made global, if any."""
     provider = trace_api.get_tracer_provider()
-    ours = isinstance(provider, (trace_api.ProxyTracerProvider, trace_api.NoOpTracerProvider)) or provider is _own_tracing
+    ours = (
+        isinstance(provider, (trace_api.ProxyTracerProvider, trace_api.NoOpTracerProvider)) or provider is _own_tracing
+    )
     return None if ours else provider
 
 
@@ -501,8 +544,6 @@ def host_runtime() -> Runtime | None:
         troubles = Troubles(aggregates.drop)
         instruments = ApiInstruments(metering.get_meter(names.SCOPE), aggregates)
         listeners = {fact: [listener] for fact, listener in instruments.listeners().items()}
-        live = Runtime(
-            tracing.get_tracer(names.SCOPE), listeners, on_error=troubles.error, read_rss=rss_reader()
-        )
+        live = Runtime(tracing.get_tracer(names.SCOPE), listeners, on_error=troubles.error, read_rss=rss_reader())
         _host = (tracing, metering, live)
     return _host[2]

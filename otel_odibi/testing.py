@@ -16,16 +16,18 @@ import json
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.id_generator import IdGenerator
+from opentelemetry.sdk.trace.sampling import DEFAULT_ON
 
 from otel_odibi import logs, names, runtime
 from otel_odibi.facts import Distribution, Number
 from otel_odibi.settings import Settings
-from otel_odibi.telemetry import Telemetry
+from otel_odibi.telemetry import Telemetry, enabled
 
 START = 1_767_225_600_000_000_000
 """Where a `FakeClock` starts: 2026-01-01T00:00:00Z, in Unix nanoseconds."""
@@ -66,8 +68,9 @@ class IncrementalIds(IdGenerator):
             return self._span
 
 
-class MetricPoint(NamedTuple):
-    """One series of a metric: `value` is its total or last value; of a histogram, the sum, with `count` and `counts`."""
+@dataclass(frozen=True, slots=True)
+class MetricPoint:
+    """One series of a metric: `value` is its total or last value; of a histogram the sum, with `count` and `counts`."""
 
     name: str
     attributes: Mapping[str, Any]
@@ -145,19 +148,22 @@ def capture(**settings: Any) -> Iterator[Capture]:
     captured: Capture
     telemetry = Telemetry(
         Settings.resolve(settings, {}, {}),
-        tracer_provider=TracerProvider(id_generator=IncrementalIds(), shutdown_on_exit=False),
+        tracer_provider=enabled(
+            TracerProvider(sampler=DEFAULT_ON, id_generator=IncrementalIds(), shutdown_on_exit=False)
+        ),
         span_exporters=(exporter,),
         log_outputs=(lambda record, line: captured.logs.append(json.loads(line)),),
         clock=clock.time_ns,
+        environ={},
         runtime_options={"tick": clock.time_ns, "read_rss": lambda: 100 * 2**20, "new_run_id": lambda: next(run_ids)},
     )
     captured = Capture(telemetry, exporter, clock)
-    before = runtime.configured(), logs.active()
+    before = runtime.configured(), runtime._disabled, logs.active()
     telemetry.activate()
     try:
         yield captured
     finally:
         telemetry.flush()
         telemetry.shutdown()
-        runtime.activate(before[0])
-        logs.activate(before[1])
+        runtime.activate(before[0], disabled=before[1])
+        logs.activate(before[2])
