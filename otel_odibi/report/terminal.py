@@ -1,137 +1,32 @@
-"""A run as a waterfall for the terminal: a pure function of what the store returns.
-
-    rich.print(Waterfall(store.open("telemetry").run("last")))
-"""
+"""A run as a waterfall for the terminal: `rich.print(Waterfall(store.open("telemetry").run("last")))`."""
 
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-from rich.measure import Measurement
-from rich.segment import Segment
-from rich.style import Style
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console, ConsoleOptions, JustifyMethod, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from otel_odibi.facts import Failure
-from otel_odibi.names import CANCELLED, FAILURE, LOST, SKIPPED, SUCCESS
-from otel_odibi.store import AttemptView, NodeView, RunView
+from otel_odibi.names import FAILURE, SKIPPED
+from otel_odibi.report.texts import ASCII, STYLES, UNICODE, Signs, bar, duration, plural, reason, safe, size
+from otel_odibi.store import NodeView, RunSummary, RunView
 
-MIN_BAR: Final = 12
-"""Characters that the bars get at least; columns are left out before they would get less."""
-MAX_MESSAGE: Final = 400
-"""Characters of an error message that are shown."""
-
-
-class Signs(NamedTuple):
-    """The characters of one view: `eighths` are the ends of bars, by eighths of a character."""
-
-    outcomes: dict[str, str]
-    retry: str
-    arrow: str
-    inside: str
-    cut: str
-    eighths: str
-    right_half: str
-
-
-_OUTCOMES: Final = (SUCCESS, FAILURE, CANCELLED, SKIPPED, LOST)
-UNICODE: Final = Signs(dict(zip(_OUTCOMES, "✓✗◼⊘?", strict=True)), "↻", "→", "└ ", "…", " ▏▎▍▌▋▊▉█", "▐")
-ASCII: Final = Signs(dict(zip(_OUTCOMES, "+x!-?", strict=True)), "r", "->", "` ", "..", " ########", "#")
-STYLES: Final = {SUCCESS: "green", FAILURE: "bold red", CANCELLED: "yellow", SKIPPED: "dim", LOST: "magenta"}
-_LAYER_COLOURS: Final = ("cyan", "blue", "magenta", "yellow", "green")
-
-_CONTROLS: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]+")
-
-
-def safe(text: str) -> str:
-    """Return `text` on one line, without what would steer a terminal: control and direction characters."""
-    return _CONTROLS.sub(" ", text).strip()
-
-
-def duration(nanoseconds: int) -> str:
-    """Return a duration in three figures or so: 0.4 ms, 274 ms, 1.84 s, 2 m 05 s, 3 h 12 m."""
-    milliseconds = nanoseconds / 1e6
-    if milliseconds < 999.5:
-        return f"{milliseconds:.{0 if milliseconds >= 9.95 else 1}f} ms"
-    if milliseconds < 59_995:
-        return f"{milliseconds / 1000:.{2 if milliseconds < 9_995 else 1}f} s"
-    minutes, seconds = divmod(round(milliseconds / 1000), 60)
-    return f"{minutes} m {seconds:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} m"
-
-
-def size(number: int | None) -> str:
-    """Return a size in three figures or so, in units of 1,000: 12 B, 3.4 kB, 212 MB; the empty text for None."""
-    if number is None:
-        return ""
-    value = float(number)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 999.5:
-            return f"{value:.{0 if unit == 'B' or value >= 9.95 else 1}f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
-
-
-def count(number: int | None) -> str:
-    """Return a number with commas; the empty text for None."""
-    return "" if number is None else f"{number:,}"
-
-
-class Bar:
-    """A bar from one fraction of the width to another, exact to an eighth of a character; never too short to see."""
-
-    def __init__(self, begin: float, end: float, style: str, signs: Signs) -> None:
-        self.begin = begin
-        self.end = end
-        self.style = style
-        self.signs = signs
-
-    def text(self, width: int) -> str:
-        """Return the bar in `width` characters."""
-        eighths = self.signs.eighths
-        start = min(max(0, round(self.begin * width * 8)), width * 8 - 1)
-        stop = min(max(round(self.end * width * 8), start + 1), width * 8)
-        first, last = start // 8, stop // 8
-        if first == last:
-            return f"{' ' * first}{eighths[stop % 8]}".ljust(width)
-        head = self.signs.right_half if start % 8 >= 4 else eighths[8]
-        return f"{' ' * first}{head}{eighths[8] * (last - first - 1)}{eighths[stop % 8]}"[:width].ljust(width)
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Segment(self.text(options.max_width), console.get_style(self.style))
-
-
-class Layout(NamedTuple):
-    """Which columns there is room for. `edges` is how the nodes that a node depends on are given."""
-
-    edges: str = "numbers"
-    layer: bool = True
-    rows: bool = True
-    memory: bool = True
-    cache: bool = True
-
-
-LAYOUTS: Final = (
-    Layout(edges="names"),
-    Layout(),
-    Layout(layer=False),
-    Layout(layer=False, memory=False),
-    Layout(edges="", layer=False, memory=False, cache=False),
-    Layout(edges="", layer=False, memory=False, cache=False, rows=False),
-)
-"""From the widest to the narrowest: the first in which the bars get their room is taken."""
+MIN_BAR: Final = 10
+"""Characters that the bars get at least: columns are left out before they would get less."""
+_COLOURS: Final = ("cyan", "blue", "magenta", "yellow", "green")
+"""Of layers, in the order in which they come."""
 
 
 class Waterfall:
     """A rich renderable of one run: header, a row a node with its bar to scale, totals, and what failed.
 
-    Pure: what it shows depends on the run and the console alone, which decides on the columns there is room for, and on
-    plain characters where its encoding is not UTF-8. Names and messages are shown as text, whatever is in them.
+    Pure: what it shows depends on the run and the console alone. The console's width decides on the columns, and its
+    encoding on the characters: plain ones where it is not UTF-8. Names and messages stay text, whatever is in them.
     """
 
     def __init__(self, view: RunView) -> None:
@@ -140,10 +35,10 @@ class Waterfall:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         signs = ASCII if options.ascii_only else UNICODE
         yield from _header(self.view.run, signs)
-        if self.view.nodes:
-            yield Text()
-            yield _table(self.view, signs, options.max_width)
         yield Text()
+        if self.view.nodes:
+            yield _table(self.view, signs, options.max_width)
+            yield Text()
         yield _totals(self.view.nodes, signs)
         yield from _failures(self.view, signs)
 
@@ -161,87 +56,196 @@ def _header(run: RunSummary, signs: Signs) -> Iterator[Text]:
     yield Text(f"  run {safe(run.run_id)}  trace {safe(run.trace_id)}", "dim")
 
 
+def _totals(nodes: Sequence[NodeView], signs: Signs) -> Text:
+    """Return one line: nodes by outcome, retries, cache lookups, rows made, highest memory."""
+    executed = [node for node in nodes if not node.run_id]
+    outcomes = Counter(node.outcome for node in executed)
+    parts = [Text(plural(len(executed), "node"))]
+    parts += [
+        Text(f"{sign} {outcomes[name]} {name}", STYLES[name]) for name, sign in signs.outcomes.items() if outcomes[name]
+    ]
+    retries = sum(node.attempt - 1 for node in executed)
+    if retries:
+        parts.append(Text(f"{signs.retry} {retries} retried", "yellow"))
+    lookups = Counter(node.cache_hit for node in executed if node.cache_hit is not None)
+    if lookups:
+        parts.append(Text(f"cache {plural(lookups[True], 'hit')} of {lookups.total()}"))
+    parts.append(Text(f"{plural(sum(node.rows_out or 0 for node in executed), 'row')} out"))
+    memory = max((node.rss or 0 for node in executed), default=0)
+    if memory:
+        parts.append(Text(f"memory up to {size(memory)}"))
+    return Text(", ").join(parts)
+
+
+def _failures(view: RunView, signs: Signs) -> Iterator[RenderableType]:
+    """Yield a line for each failure: of attempts, of nodes, and of the pipeline where it is none of these."""
+    lines = [line for node in view.nodes for line in _failures_of(node, signs)]
+    if view.run.failure is not None and all(reason(view.run.failure) != why for *_, why in lines):
+        lines.append((signs.outcomes[FAILURE], view.run.pipeline, reason(view.run.failure)))
+    if not lines:
+        return
+    grid = Table.grid(padding=(0, 1))
+    for sign, name, why in lines:
+        style = "yellow" if sign == signs.retry else STYLES[FAILURE]
+        grid.add_row(Text(sign, style), Text(safe(name), style, overflow="fold"), Text(why, overflow="fold"))
+    yield Text()
+    yield grid
+
+
+def _failures_of(node: NodeView, signs: Signs) -> Iterator[tuple[str, str, str]]:
+    for attempt in node.attempts:
+        if attempt.failure is not None and attempt.number < node.attempt:
+            yield signs.retry, f"{node.name}, attempt {attempt.number}", reason(attempt.failure)
+    if node.failure is not None:
+        yield signs.outcomes[FAILURE], node.name, reason(node.failure)
+
+
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
 class _Row(NamedTuple):
-    """One line of the table: a node, or an attempt of one, which has no `node`."""
+    """One line of the table: a node, or an attempt of one, which has neither `node` nor number."""
 
     label: str
     outcome: str
     start_ns: int
     duration_ns: int
     colour: str
-    number: str = ""
+    number: int = 0
     node: NodeView | None = None
 
-
-class _Column(NamedTuple):
-    header: str
-    justify: JustifyMethod
-    cells: list[Text]
-
     @property
-    def width(self) -> int:
-        return max(cell_len(self.header), *(cell.cell_len for cell in self.cells))
-
-
-def _table(view: RunView, signs: Signs, width: int) -> Table:
-    """Return the table in the first layout that leaves the bars their room."""
-    rows = list(_rows(view.nodes, signs))
-    for layout in LAYOUTS:
-        columns = _columns(rows, layout, signs, width)
-        left = width - sum(column.width + 1 for column in columns)
-        if left >= MIN_BAR:
-            break
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
-    for column in columns:
-        table.add_column(column.header, justify=column.justify, width=column.width, no_wrap=True, overflow="crop")
-    bars: list[list[RenderableType]] = [[] for _ in rows]
-    if left >= 4:
-        table.add_column(_axis(view.run, left), width=left, no_wrap=True, overflow="crop")
-        bars = [[_bar(row, view.run, signs, left)] for row in rows]
-    for number, bar in enumerate(bars):
-        table.add_row(*(column.cells[number] for column in columns), *bar)
-    return table
+    def style(self) -> str:
+        return "" if self.node is not None and self.outcome != SKIPPED else "dim"
 
 
 def _rows(nodes: Sequence[NodeView], signs: Signs) -> Iterator[_Row]:
-    layers = list(dict.fromkeys(node.layer for node in nodes if node.layer))
+    layers = list(dict.fromkeys(node.layer for node in nodes))
     for number, node in enumerate(nodes, 1):
-        place = layers.index(node.layer) if node.layer else 0
-        colour = "red" if node.outcome == FAILURE else _LAYER_COLOURS[place % len(_LAYER_COLOURS)]
-        label = _indented(safe(node.name) + (" (pipeline)" if node.run_id else ""), node.depth, signs)
-        yield _Row(label, node.outcome, node.start_ns, node.duration_ns, colour, str(number), node)
+        colour = _COLOURS[layers.index(node.layer) % len(_COLOURS)]
+        note = " (pipeline)" if node.run_id else f" {signs.retry}{node.attempt}" if node.attempt > 1 else ""
+        label = _indented(safe(node.name) + note, node.depth, signs)
+        yield _Row(label, node.outcome, node.start_ns, node.duration_ns, colour, number, node)
         for attempt in node.attempts:
             label = _indented(f"attempt {attempt.number}", node.depth + 1, signs)
-            colour_of_attempt = "red" if attempt.outcome == FAILURE else colour
-            yield _Row(label, attempt.outcome, attempt.start_ns, attempt.duration_ns, colour_of_attempt)
+            yield _Row(label, attempt.outcome, attempt.start_ns, attempt.duration_ns, colour)
 
 
 def _indented(label: str, depth: int, signs: Signs) -> str:
     return f"{'  ' * (depth - 1)}{signs.inside}{label}" if depth else label
 
 
-def _columns(rows: Sequence[_Row], layout: Layout, signs: Signs, width: int) -> list[_Column]:
-    def column(header: str, justify: JustifyMethod, cell: Callable[[_Row], Text]) -> _Column:
-        return _Column(header, justify, [cell(row) for row in rows])
+def _cut(text: str, width: int, signs: Signs) -> str:
+    """Return `text` in at most `width` terminal cells."""
+    return text if cell_len(text) <= width else set_cell_size(text, width - len(signs.cut)).rstrip() + signs.cut
 
-    def of_node(cell: Callable[[NodeView], Text]) -> Callable[[_Row], Text]:
-        return lambda row: Text() if row.node is None else cell(row.node)
 
-    limit = max(10, width // 3)
-    edges = _Edges(rows, layout.edges == "names", signs, limit)
-    columns = [
-        column("", "left", lambda row: Text(signs.outcomes.get(row.outcome, "?"), STYLES.get(row.outcome, ""))),
-        column("", "right", lambda row: Text(row.number, "dim")),
-        column("node", "left", lambda row: _cut(row.label, limit, signs, "" if row.node else "dim")),
-        column("depends on" if layout.edges == "names" else "after", "left", of_node(edges.cell)),
-        column("layer", "left", lambda row: _cut(safe(row.node.layer) if row.node else "", 12, signs, row.colour)),
-        column(f"rows in {signs.arrow} out", "right", _RowCounts(rows, signs).cell),
-        column("memory", "right", of_node(lambda node: Text(size(node.rss)))),
-        column("cache", "left", of_node(_cache)),
-        column("time", "right", lambda row: Text(duration(row.duration_ns), "" if row.node else "dim")),
-    ]
-    shown = (True, bool(layout.edges), True, bool(layout.edges), layout.layer, layout.rows, layout.memory, layout.cache)
-    return [column for column, wanted in zip(columns, (*shown, True), strict=True) if wanted]
+def _table(view: RunView, signs: Signs, width: int) -> Table:
+    """Return the table with the first choice of columns that leaves the bars their room."""
+    rows, gap = list(_rows(view.nodes, signs)), 2 if width >= 120 else 1
+    cells = _cells(rows, signs, max(8, width // 4))
+    headers = {key: _HEADERS[key].replace("->", signs.arrow) for key in _HEADERS}
+    widths = {key: max(cell_len(headers[key]), *(row[key].cell_len for row in cells)) for key in headers}
+    for layout in LAYOUTS:
+        left = width - sum(widths[key] + gap for key in layout)
+        if left >= MIN_BAR:
+            break
+    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="dim")
+    for key in layout:
+        justify: JustifyMethod = "right" if key in _NUMBERS else "left"
+        table.add_column(headers[key], justify=justify, width=widths[key], no_wrap=True, overflow="crop")
+    if left >= 4:
+        table.add_column(_axis(view.run, left, signs), width=left, no_wrap=True, overflow="crop")
+    for row, texts in zip(rows, cells, strict=True):
+        table.add_row(*(texts[key] for key in layout), *([_lane(row, view.run, left, signs)] if left >= 4 else []))
+    return table
+
+
+def _axis(run: RunSummary, width: int, signs: Signs) -> str:
+    end = f" {duration(run.duration_ns)}"
+    return f"0 {signs.line * (width - 2 - len(end))}{end}" if width > len(end) + 2 else ""
+
+
+def _lane(row: _Row, run: RunSummary, width: int, signs: Signs) -> Text:
+    """Return a row's bar, on the scale of the run; in place of one, why a node was skipped."""
+    if row.node is not None and row.outcome == SKIPPED:
+        return Text(_cut(safe(row.node.skip_reason), width, signs), "dim")
+    scale = max(run.duration_ns, 1)
+    begin = (row.start_ns - run.start_ns) / scale
+    style = "red" if row.outcome == FAILURE else row.colour if row.node else f"dim {row.colour}"
+    return Text(bar(begin, begin + row.duration_ns / scale, width, signs), style)
+
+
+# --- the columns -----------------------------------------------------------------------------------------------------
+
+_HEADERS: Final = {
+    "outcome": "", "number": "", "node": "node", "depends on": "depends on", "after": "after", "layer": "layer",
+    "rows": "rows in -> out", "memory": "memory", "cache": "cache", "time": "time",
+}  # fmt: skip
+_NUMBERS: Final = ("number", "rows", "memory", "time")
+LAYOUTS: Final = (
+    ("outcome", "number", "node", "depends on", "layer", "rows", "memory", "cache", "time"),
+    ("outcome", "number", "node", "after", "layer", "rows", "memory", "cache", "time"),
+    ("outcome", "number", "node", "after", "rows", "memory", "cache", "time"),
+    ("outcome", "number", "node", "after", "rows", "time"),
+    ("outcome", "node", "rows", "time"),
+    ("outcome", "node", "time"),
+)
+"""Columns from the widest choice to the narrowest."""
+
+
+def _cells(rows: Sequence[_Row], signs: Signs, limit: int) -> list[dict[str, Text]]:
+    """Return for each row its text in every column; names are cut at `limit`."""
+    made = max((len(_count(row.node.rows_out)) for row in rows if row.node), default=0)
+    after = _after(rows)
+    found = []
+    for row in rows:
+        cells = dict.fromkeys(_HEADERS, Text())
+        cells["outcome"] = Text(signs.outcomes.get(row.outcome, "?"), STYLES.get(row.outcome, ""))
+        cells["node"] = Text(_cut(row.label, limit, signs), row.style)
+        cells["time"] = Text("" if row.outcome == SKIPPED else duration(row.duration_ns), row.style)
+        node = row.node
+        if node is not None:
+            depends_on = ", ".join(map(safe, node.depends_on))
+            cells["number"] = Text(str(row.number), "dim")
+            cells["depends on"] = Text(_cut(depends_on, limit, signs), "dim")
+            cells["after"] = Text(_cut(after(node), limit, signs), "dim")
+            cells["layer"] = Text(_cut(safe(node.layer), limit, signs), row.colour)
+            if node.rows_in is not None or node.rows_out is not None:
+                out = "-" if node.rows_out is None else _count(node.rows_out)
+                cells["rows"] = Text(f"{_count(node.rows_in)} {signs.arrow} {out:>{made}}".lstrip())
+            cells["memory"] = Text("" if row.outcome == SKIPPED else size(node.rss))
+            if node.cache_hit is not None:
+                cells["cache"] = Text("hit", "green") if node.cache_hit else Text("miss", "yellow")
+        found.append(cells)
+    return found
+
+
+def _count(number: int | None) -> str:
+    return "" if number is None else f"{number:,}"
+
+
+def _after(rows: Sequence[_Row]) -> Callable[[NodeView], str]:
+    """Make what gives the rows of the nodes that a node depends on; the name of one that is no row."""
+    nodes = [(row.number, row.node) for row in rows if row.node]
+    by_span = {node.span_id: (number, node.name) for number, node in nodes}
+    by_name = {node.name: number for number, node in nodes}
+
+    def after(node: NodeView) -> str:
+        linked = [by_span[span_id] for span_id in node.links if span_id in by_span]
+        named = [name for name in node.depends_on if name not in {name for _, name in linked}]
+        numbers = [number for number, _ in linked] + [by_name[name] for name in named if name in by_name]
+        return " ".join([*_ranges(numbers), *(safe(name) for name in named if name not in by_name)])
+
+    return after
+
+
+def _ranges(numbers: Iterable[int]) -> list[str]:
+    """Return the numbers in order, three or more in a row as one: 2, 5-8."""
+    groups: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if groups and groups[-1][-1] == number - 1:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    return [text for g in groups for text in ([f"{g[0]}-{g[-1]}"] if len(g) > 2 else map(str, g))]
