@@ -25,14 +25,26 @@ from otel_odibi.propagate import carry
 from otel_odibi.scope import node, pipeline
 
 if TYPE_CHECKING:
+    from otel_odibi.events import AutomationHook, EventPriority
+    from otel_odibi.export import MetricsExporter
+    from otel_odibi.hooks import EventBus
     from otel_odibi.logs import get_logger
+    from otel_odibi.manager import MetricsManager, MetricType
     from otel_odibi.settings import Settings
+    from otel_odibi.structured import LogLevel, StructuredLogger
     from otel_odibi.telemetry import Telemetry, configure
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Attempt",
+    "AutomationHook",
+    "EventBus",
+    "EventPriority",
+    "LogLevel",
+    "MetricType",
+    "MetricsExporter",
+    "MetricsManager",
     "MissingExtraError",
     "Node",
     "OdibiTelemetryError",
@@ -40,6 +52,7 @@ __all__ = [
     "SettingError",
     "Settings",
     "StoreError",
+    "StructuredLogger",
     "Telemetry",
     "__version__",
     "carry",
@@ -52,7 +65,15 @@ __all__ = [
 ]
 
 _LAZY = {
+    "AutomationHook": "events",
+    "EventBus": "hooks",
+    "EventPriority": "events",
+    "LogLevel": "structured",
+    "MetricType": "manager",
+    "MetricsExporter": "export",
+    "MetricsManager": "manager",
     "Settings": "settings",
+    "StructuredLogger": "structured",
     "Telemetry": "telemetry",
     "configure": "telemetry",
     "get_logger": "logs",
