@@ -1,4 +1,4 @@
-"""Writes the parts of the documentation that are made from the code: `python docs/generate.py`. A test keeps them in step."""
+"""Writes the documentation that is made from the code: `python docs/generate.py`. A test keeps it in step."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ directory = "telemetry"
 metric_formats = ["textfile"]
 ```
 
-A wrong value raises `SettingError` in `configure()`, naming the setting, the value and the remedy. Lists are comma-separated
-in variables; the word `none` is the empty list. `OTEL_SDK_DISABLED=true` turns everything off.
+A wrong value raises `SettingError` in `configure()`, naming the setting, the value and the remedy. Lists are
+comma-separated in variables; the word `none` is the empty list. `OTEL_SDK_DISABLED=true` turns everything off.
 """
 
 
@@ -33,7 +33,9 @@ def settings_page() -> str:
         scale = field.metadata["scale"]
         unit = " (ms)" if scale == 0.001 else ""
         variables = [f"`{PREFIX}{field.name.upper()}`", *(f"`{name}`{unit}" for name in field.metadata["otel"])]
-        lines.append(f"| `{field.name}` | {', '.join(variables)} | {_default(field.default)} | {field.metadata['doc']} |")
+        lines.append(
+            f"| `{field.name}` | {', '.join(variables)} | {_default(field.default)} | {field.metadata['doc']} |"
+        )
     return "\n".join(lines) + "\n"
 
 

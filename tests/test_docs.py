@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -35,37 +36,69 @@ def shape(text: str) -> str:
     return "\n".join(line.rstrip() for line in text.strip().splitlines())
 
 
-def run(command: list[str], cwd: Path, stdin: str | None = None) -> str:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("OTEL_", "ODIBI_", "PYTEST_"))}
-    environment |= {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONIOENCODING": "utf-8",
-        "COLUMNS": "100",
-    }
-    done = subprocess.run(command, cwd=cwd, env=environment, input=stdin, capture_output=True, text=True, timeout=300)
+def environment() -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("OTEL_", "ODIBI_", "PYTEST_"))}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return kept | {"PATH": path, "PYTHONIOENCODING": "utf-8", "COLUMNS": "100"}
+
+
+def run(command: list[str], cwd: Path) -> str:
+    done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
+class Session:
+    """One Python process for the blocks of a page, as a reader would type them into one session."""
+
+    END = "=== end of block ==="
+    LOOP = f"""
+import json, sys
+scope = {{"__name__": "__main__"}}
+for line in sys.stdin:
+    exec(compile(json.loads(line), "<page>", "exec"), scope)
+    print({END!r}, flush=True)
+"""
+
+    def __init__(self, cwd: Path) -> None:
+        command = [sys.executable, "-c", self.LOOP]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            command, cwd=cwd, env=environment(), stdin=pipe, stdout=pipe, stderr=pipe, text=True
+        )
+
+    def run(self, code: str) -> str:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(code) + "\n")
+        self.process.stdin.flush()
+        printed = []
+        for line in self.process.stdout:
+            if line.rstrip("\n") == self.END:
+                return "".join(printed)
+            printed.append(line)
+        raise AssertionError(f"{code}\n{self.process.communicate()[1]}")
+
+    def close(self) -> None:
+        _, errors = self.process.communicate(timeout=60)
+        assert self.process.returncode == 0, errors
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_the_page_says_is_what_happens(page: Path, tmp_path: Path) -> None:
-    """Python blocks of a page run one after the other in one session; commands run in a shell beside them."""
-    session: list[str] = []
+    """Python blocks of a page run one after the other in one session; commands run in a shell beside it."""
+    session = Session(tmp_path)
     printed = ""
     for block in blocks_of(page):
         if block.mark.startswith("file: "):
             (tmp_path / block.mark.removeprefix("file: ")).write_text(block.text, encoding="utf-8")
-        elif block.mark == "not run":
-            continue
         elif block.kind == "python":
-            marker = "=== this block ==="
-            session.append(block.text)
-            program = "\n".join([*session[:-1], f"print({marker!r})", session[-1]])
-            printed = run([sys.executable, "-"], tmp_path, program).partition(marker)[2]
+            printed = session.run(block.text)
         elif block.kind == "bash":
             printed = run(["bash", "-euo", "pipefail", "-c", block.text], tmp_path)
         elif block.mark == "prints":
             assert shape(printed) == shape(block.text)
+    session.close()
 
 
 def test_generated_pages_are_in_step_with_the_code() -> None:
