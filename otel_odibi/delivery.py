@@ -49,7 +49,7 @@ class SpanQueue(SpanProcessor):
 
     def _reset(self) -> None:
         self._queue: deque[ReadableSpan] = deque()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a collection while it is held may end a span
         self._wake = threading.Event()
         self._flushes: deque[threading.Event] = deque()
         self._thread: threading.Thread | None = None

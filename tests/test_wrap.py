@@ -529,7 +529,10 @@ def test_a_generator_collected_in_a_cycle(odibi_capture: Capture) -> None:
 def test_a_generator_whose_clean_up_fails_in_a_collection(
     odibi_capture: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Python reports what a finaliser raises and goes on; the node is a failure, once."""
+    """Python reports what a finaliser raises and goes on; the node ends once.
+
+    It is a failure, or cancelled where the collection came to the user's own generator first.
+    """
     reported: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", lambda report: reported.append(report.exc_value))
 
@@ -546,7 +549,8 @@ def test_a_generator_whose_clean_up_fails_in_a_collection(
     del cycle
     gc.collect()
     assert [type(exc) for exc in reported] == [ValueError]
-    assert [span.attributes["error.type"] for span in odibi_capture.spans] == ["ValueError"]
+    (span,) = odibi_capture.spans
+    assert span.attributes["error.type"] in ("ValueError", "GeneratorExit")
     assert odibi_capture.metric("odibi.node.active") == 0
 
 
