@@ -13,7 +13,12 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted(ROOT.glob("docs/*.md")),
+    ROOT / "collector-config/README.md",
+    ROOT / "grafana/README.md",
+]
 BLOCK = re.compile(r"(?:<!-- (?P<mark>[^>]+) -->\n)?```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -84,7 +89,7 @@ for line in sys.stdin:
         assert self.process.returncode == 0, errors
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_what_the_page_says_is_what_happens(page: Path, tmp_path: Path) -> None:
     """Python blocks of a page run one after the other in one session; commands run in a shell beside it."""
     session = Session(tmp_path)
