@@ -6,7 +6,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 SCALE ?= 0.1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-stack test-faults lint types imports bench docs-images clean
+.PHONY: help demo test test-stack test-faults lint types imports bench clean
 
 help:  ## Show what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
