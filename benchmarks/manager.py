@@ -36,9 +36,8 @@ def metrics_manager() -> Record:
 def metrics_manager_configured() -> Record:
     """With telemetry on, whose instruments hear of it."""
     import otel_odibi as oo
-    from otel_odibi.recorded import HandAggregates, connect
 
-    connect(oo.configure(service_name="bench", set_global=False).runtime, HandAggregates())
+    oo.configure(service_name="bench", set_global=False)
     return metrics_manager()
 
 

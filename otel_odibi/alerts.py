@@ -186,6 +186,8 @@ class Alert:
     Thread-safe. Raises `SettingError` for what cannot work; called, what a function given as condition raises.
     """
 
+    needs_files = False
+
     def __init__(
         self,
         bus: Bus,

@@ -284,8 +284,8 @@ class Run(Call):
         failure = record_outcome(rt, self.span, exc, outcome, end)
         self.span.set_attribute(names.PIPELINE_OUTCOME, outcome)
         success, failed = self._counts[SUCCESS], self._counts[FAILURE]
+        self.span.end(end)  # before hooks hear of it, which want complete files; it is still current
         rt.emit(RunFinished(started, end, duration, outcome, success, failed, failure, self._attributes))
-        self.span.end(end)
 
 
 class Node(Call):

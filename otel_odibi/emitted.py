@@ -15,17 +15,13 @@ from otel_odibi.names import (
     FAILURE,
     NODE_COMPLETE,
     NODE_FAILED,
+    NODE_RETRY,
     NODE_START,
     PIPELINE_COMPLETE,
+    PIPELINE_FAILED,
     PIPELINE_START,
 )
 
-PIPELINE_FAILED: Final = "pipeline_failed"
-NODE_RETRY: Final = "node_retry"
-EVENTS: Final = (
-    PIPELINE_START, NODE_START, NODE_COMPLETE, NODE_FAILED, NODE_RETRY, CACHE_HIT, CACHE_MISS, PIPELINE_COMPLETE,
-    PIPELINE_FAILED,
-)  # fmt: skip
 _MAX_RUNS: Final = 1_000
 
 
@@ -44,7 +40,8 @@ class FactEvents:
     Events of pipelines carry pipeline_name, run_id, trace_id, span_id; at the end also duration_ms, outcome,
     success_count, failed_count, failed_nodes (names), rows_out (of all nodes together), error and error_type (of the
     run, else of the first node that failed), and `metrics_manager` where there is one. `flush` is called before those,
-    so that hooks find complete files. A failed run emits `pipeline_complete` and then `pipeline_failed`.
+    so that hooks find complete files, unless all of them have an attribute `needs_files` that is false. A failed run
+    emits `pipeline_complete` and then `pipeline_failed`.
 
     Events of nodes carry node_name, layer, engine and the same ids; at the end duration_ms, outcome, rows, attempt,
     cache_hit and the error; a retry its attempt and the error before it; a cache lookup cache_key.
@@ -103,7 +100,9 @@ class FactEvents:
         events = [PIPELINE_COMPLETE, PIPELINE_FAILED] if fact.outcome == FAILURE else [PIPELINE_COMPLETE]
         if not any(map(self._bus.wants, events)):
             return
-        self._flush()
+        hooks = (hook for event in events for hook in self._bus.get_hooks(event) if hook.enabled)
+        if any(getattr(hook.callback, "needs_files", True) for hook in hooks):
+            self._flush()
         data = {
             "duration_ms": fact.duration_ns / 1e6, "outcome": fact.outcome, "success_count": fact.success_count,
             "failed_count": fact.failed_count, "failed_nodes": list(tally.failed), "rows_out": tally.rows,

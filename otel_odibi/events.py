@@ -144,7 +144,7 @@ class Bus:
     time; of more than `queue_limit` waiting ones the newest of the lowest priority is dropped. Counters: `failed`
     (hooks that raised), `abandoned` (over their time, or not done at shutdown), `dropped`. `on_error(where, exc)` is
     told of every failure and abandonment (by default a warning is logged, once a hook a minute), `on_drop(reason, 1)`
-    of every drop. Raises `SettingError` for limits that cannot work.
+    of every drop, `on_first_hook()` when somebody begins to listen. Raises `SettingError` for limits that cannot work.
     """
 
     def __init__(
@@ -155,6 +155,7 @@ class Bus:
         queue_limit: int = 1_000,
         on_error: Callable[[str, BaseException], None] | None = None,
         on_drop: Callable[[str, int], None] | None = None,
+        on_first_hook: Callable[[], None] | None = None,
     ) -> None:
         for setting, value in (("max_workers", max_workers), ("queue_limit", queue_limit)):
             if not isinstance(value, int) or value < 1:
@@ -163,7 +164,7 @@ class Bus:
             raise SettingError("execution_timeout", execution_timeout, "not a time", "give seconds above 0")
         self.max_workers, self.execution_timeout = max_workers, execution_timeout
         self.failed = self.abandoned = self.dropped = 0
-        self._queue_limit, self._on_drop = queue_limit, on_drop
+        self._queue_limit, self._on_drop, self._on_first_hook = queue_limit, on_drop, on_first_hook
         self._on_error = on_error or self._warn
         self._warned: dict[str, float] = {}
         self._hooks: dict[str, tuple[AutomationHook, ...]] = {}
@@ -205,6 +206,9 @@ class Bus:
         with self._lock:
             hooks = (*self._hooks.get(event_name, ()), hook)
             self._hooks[event_name] = tuple(sorted(hooks, key=lambda each: each.priority))
+            first, self._on_first_hook = self._on_first_hook, None
+        if first is not None:
+            first()
         return hook
 
     def enable_hook(self, event_name: str, hook_name: str) -> bool:

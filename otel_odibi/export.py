@@ -14,8 +14,8 @@ import orjson
 
 from otel_odibi.exporters import families
 from otel_odibi.exporters.files import make_directory, replace_file
+from otel_odibi.facts import MetricType
 from otel_odibi.logs import timestamp
-from otel_odibi.recorded import MetricType
 from otel_odibi.tally import Series, Snapshot
 
 _TOTALS: Final = {

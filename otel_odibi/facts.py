@@ -7,10 +7,14 @@ All times are Unix time in nanoseconds; identifiers are the integers of the Open
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from otel_odibi.names import Instrument, Outcome
+
+MIB: Final = 1_048_576
+Labels = tuple[tuple[str, str], ...]
 
 
 class Failure(NamedTuple):
@@ -109,7 +113,48 @@ class NodeRetried(NamedTuple):
     failure: Failure | None = None
 
 
-Fact = RunStarted | RunFinished | NodeStarted | NodeFinished | CacheLookup | NodeRetried
+class MetricType(str, enum.Enum):
+    """What a value of a `MetricsManager` measures. A member equals its value, the name in exports."""
+
+    NODE_DURATION = "node_duration_ms"
+    THROUGHPUT = "throughput_rows_per_sec"
+    CACHE_HIT = "cache_hit"
+    CACHE_MISS = "cache_miss"
+    ERROR_COUNT = "error_count"
+    RETRY_COUNT = "retry_count"
+    CHECKPOINT_SIZE = "checkpoint_size_bytes"
+    DATA_SIZE = "data_size_bytes"
+    WORKER_UTILIZATION = "worker_utilization_pct"
+    MEMORY_USAGE = "memory_usage_mb"
+    SUCCESS_COUNT = "success_count"
+    FAILURE_COUNT = "failure_count"
+
+
+class Execution(NamedTuple):
+    """An execution of a node, recorded by hand. None where not known; `success` too where it was cancelled."""
+
+    time_unix_nano: int
+    node: str
+    engine: str
+    duration_ms: float | None
+    success: bool | None
+    rows: int | None
+    cached: bool | None
+    rss: int | None = None
+
+
+class Measure(NamedTuple):
+    """A value of one type, recorded by hand: what is `counted` adds to a total, else it is the value there is now."""
+
+    time_unix_nano: int
+    kind: MetricType
+    node: str
+    labels: Labels
+    value: float
+    counted: bool
+
+
+Fact = RunStarted | RunFinished | NodeStarted | NodeFinished | CacheLookup | NodeRetried | Execution | Measure
 
 
 class Exemplar(NamedTuple):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import itertools
 import os
+import pkgutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -14,13 +16,12 @@ from typing import Any, Final
 
 from otel_odibi.alerts import Alert
 from otel_odibi.clean import DEFAULT, Cleaner
-from otel_odibi.emitted import EVENTS, PIPELINE_FAILED
 from otel_odibi.errors import SettingError
-from otel_odibi.events import Bus, Callback
-from otel_odibi.exporters.files import make_directory, replace_file
+from otel_odibi.events import Bus, Callback, EventPriority
+from otel_odibi.exporters.files import make_directory
 from otel_odibi.exporters.jsonl import files
 from otel_odibi.exporters.segments import parse, pattern
-from otel_odibi.names import NODE_COMPLETE, NODE_FAILED, PIPELINE_COMPLETE
+from otel_odibi.names import EVENTS, NODE_COMPLETE, NODE_FAILED, PIPELINE_COMPLETE, PIPELINE_FAILED
 
 Event = Mapping[str, Any]
 
@@ -40,10 +41,14 @@ class EventBus(Bus):
         queue_limit: int = 1_000,
         on_error: Callable[[str, BaseException], None] | None = None,
         on_drop: Callable[[str, int], None] | None = None,
+        on_first_hook: Callable[[], None] | None = None,
         state_dir: str | os.PathLike[str] | None = None,
         cleaner: Cleaner = DEFAULT,
     ) -> None:
-        super().__init__(max_workers, execution_timeout, queue_limit=queue_limit, on_error=on_error, on_drop=on_drop)
+        super().__init__(
+            max_workers, execution_timeout,
+            queue_limit=queue_limit, on_error=on_error, on_drop=on_drop, on_first_hook=on_first_hook,
+        )  # fmt: skip
         self._state_dir, self._cleaner = state_dir, cleaner
 
     def create_summary_hook(self) -> Callback:
@@ -105,10 +110,11 @@ class EventBus(Bus):
         return Alert(self, threshold_failed, **{"state_dir": self._state_dir, "cleaner": self._cleaner, **options})
 
 
-def alerts_from(
-    table: Mapping[str, Any], bus: EventBus, environ: Mapping[str, str] = os.environ
-) -> list[tuple[str, Callback]]:
-    """Make the alerts of `[tool.otel-odibi.alerts]`: pairs of an event and a hook to register for it.
+Declared = tuple[str, Callback, dict[str, Any]]
+
+
+def declared(table: Mapping[str, Any], bus: EventBus, environ: Mapping[str, str] = os.environ) -> list[Declared]:
+    """Make what `[tool.otel-odibi.alerts]` declares: of each hook the event, itself, and options to register it with.
 
     ::
 
@@ -134,40 +140,77 @@ def alerts_from(
         username = "etl"
         password_env = "SMTP_PASSWORD"       # the variable that holds it; `password` is the password itself
 
+        [tool.otel-odibi.alerts.numbers]     # any other hook
+        hook = "metrics_export"              # summary, metrics_export, log_rotation, cache_stats, or "module:function"
+        on = "pipeline_complete"             # the default
+        priority = "low"                     # critical, high, medium (default), low
+        async_execution = true
+        export_dir = "metrics"               # whatever `create_metrics_export_hook` takes
+        formats = ["parquet"]
+
     An alert on a failure is registered for the matching success too, from which it learns of the recovery. A variable
     that is set but empty turns its channel off. Raises `SettingError` for whatever cannot work.
     """
-    pairs: list[tuple[str, Callback]] = []
+    found: list[Declared] = []
     for name, options in table.items():
         where = f"[tool.otel-odibi.alerts.{name}]"
         if not isinstance(options, Mapping):
             raise SettingError(where, options, "not a table", f"write {where} above its settings")
         try:
-            alert, event = _declared(name, options, bus, environ)
+            found += (_hook if "hook" in options else _alert)(name, dict(options), bus, environ)
         except SettingError as exc:
             problem = str(exc).removeprefix(f"setting {exc.name}={exc.value!r}: ").removesuffix(f"; {exc.remedy}")
             raise SettingError(f"{where} {exc.name}", exc.value, problem, exc.remedy) from None
-        pairs += [(each, alert) for each in (event, _WELL.get(event)) if each]
-    return pairs
+    return found
 
 
 _KEYS: Final = (
     "on", "pipeline", "condition", "value", "webhook", "webhook_env", "webhook_format", "email", "console",
     "quiet_seconds", "retries", "timeout", "recovery",
 )  # fmt: skip
+_STOCK: Final = ("summary", "metrics_export", "log_rotation", "cache_stats")
 
 
-def _declared(name: str, options: Mapping[str, Any], bus: EventBus, environ: Mapping[str, str]) -> tuple[Alert, str]:
+def _event(name: object) -> str:
+    if name not in EVENTS:
+        raise SettingError("on", name, "not an event of the core", f"choose from {', '.join(EVENTS)}")
+    return str(name)
+
+
+def _alert(name: str, options: dict[str, Any], bus: EventBus, environ: Mapping[str, str]) -> list[Declared]:
     for unknown in options.keys() - set(_KEYS):
         raise SettingError(unknown, "[hidden]", "there is no such key", f"choose from {', '.join(_KEYS)}")
     given = {"on": PIPELINE_FAILED, **_with_secret(options, "webhook", environ)}
-    if given["on"] not in EVENTS:
-        raise SettingError("on", given["on"], "not an event of the core", f"choose from {', '.join(EVENTS)}")
+    event = _event(given["on"])
     if isinstance(given.get("email"), Mapping):
         given["email"] = _with_secret(given["email"], "password", environ)
         if given["email"].get("password") == "":
             given["email"] = None
-    return bus.create_alert_hook(name=name, **given), given["on"]
+    alert = bus.create_alert_hook(name=name, **given)
+    return [(each, alert, {}) for each in (event, _WELL.get(event)) if each]
+
+
+def _hook(name: str, options: dict[str, Any], bus: EventBus, environ: Mapping[str, str]) -> list[Declared]:
+    kind, event = options.pop("hook"), _event(options.pop("on", PIPELINE_COMPLETE))
+    priority = str(options.pop("priority", "medium")).upper()
+    if priority not in EventPriority.__members__:
+        known = ", ".join(EventPriority.__members__).lower()
+        raise SettingError("priority", priority.lower(), "unknown", f"choose from {known}")
+    how = {"name": name, "priority": EventPriority[priority]}
+    how["async_execution"] = options.pop("async_execution", False) is True
+    try:
+        if kind in _STOCK:
+            create = getattr(bus, f"create_{kind}_hook")
+            inspect.signature(create).bind(**options)
+            return [(event, create(**options), how)]
+        hook = pkgutil.resolve_name(kind)
+        inspect.signature(lambda: hook).bind(**options)
+    except SettingError:
+        raise
+    except (TypeError, ValueError, ImportError, AttributeError) as exc:
+        remedy = f"choose from {', '.join(_STOCK)}, or give module:function"
+        raise SettingError("hook", kind, f"cannot be made ({exc})", remedy) from None
+    return [(event, hook, how)]
 
 
 def _with_secret(options: Mapping[str, Any], key: str, environ: Mapping[str, str]) -> dict[str, Any]:
@@ -255,16 +298,7 @@ def _unused_stem(directory: Path) -> Path:
 
 
 def _export(manager: Any, stem: Path, formats: list[str]) -> None:
-    for kind in formats:
-        path = stem.with_name(f"{stem.name}.{_FORMATS[kind]}")
-        if kind == "parquet":
-            _exporter(manager).save_parquet(str(path))
-        else:
-            text = manager.export_json() if kind == "json" else manager.export_prometheus()
-            replace_file(path, text.encode())
-
-
-def _exporter(manager: Any) -> Any:
     from otel_odibi.export import MetricsExporter
 
-    return MetricsExporter(manager)
+    for kind in formats:
+        getattr(MetricsExporter(manager), f"save_{kind}")(stem.with_name(f"{stem.name}.{_FORMATS[kind]}"))

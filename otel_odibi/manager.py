@@ -10,20 +10,19 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from otel_odibi import names
 from otel_odibi.clean import DEFAULT, clean_name, describe
 from otel_odibi.errors import SettingError
-from otel_odibi.export import MetricsExporter, as_json, save
-from otel_odibi.facts import CacheLookup, NodeFinished, NodeRetried
+from otel_odibi.facts import MIB, CacheLookup, Execution, Measure, MetricType, NodeFinished, NodeRetried
 from otel_odibi.forks import after_fork
 from otel_odibi.logs import timestamp
 from otel_odibi.metrics import TIMELESS
 from otel_odibi.names import FAILURE, SUCCESS
-from otel_odibi.recorded import Execution, Measure, MetricRecord, MetricType, hand_over
+from otel_odibi.runtime import live
 from otel_odibi.tally import OVERFLOW, Snapshot, Tallies, labels_of
 
 __all__ = ["MetricRecord", "MetricType", "MetricsManager"]
@@ -31,8 +30,22 @@ __all__ = ["MetricRecord", "MetricType", "MetricsManager"]
 LIMIT: Final = 10_000
 """Most nodes, and most series of one type, that are kept apart; most executions and values behind `metrics`."""
 _FULL: Final = f"more than {LIMIT} nodes, or series of a type; further ones add up as {OVERFLOW}"
+UNSETTLED: Final = 4_096
+"""Most executions of decorated nodes that wait to be counted."""
+_SUCCEEDED: Final = {SUCCESS: True, FAILURE: False}
 Tags = Mapping[str, Any] | None
 _warn_once: Final = functools.lru_cache(maxsize=1_000)(logging.getLogger(names.SCOPE).warning)
+
+
+@dataclass(frozen=True, slots=True)
+class MetricRecord:
+    """One value as it was recorded: the value of its type, a node's name, Unix time in seconds."""
+
+    metric_type: str
+    name: str
+    value: float
+    timestamp: float
+    labels: dict[str, str]
 
 
 class MetricsManager:
@@ -55,6 +68,7 @@ class MetricsManager:
     def reset(self) -> None:
         """Forget everything here; OpenTelemetry's instruments, whose totals never fall, do not."""
         with self._lock:
+            self._unsettled: deque[tuple[int, str, str, float, str, int | None, int | None]] = deque()
             self._tallies = Tallies(LIMIT)
             self._recent: deque[Execution | Measure] = deque(maxlen=LIMIT)
             self._began = time.monotonic()
@@ -92,7 +106,7 @@ class MetricsManager:
             ms, now = _number(duration_ms), time.time_ns()
             ms = 0.0 if ms is not None and ms < 1e-6 else ms
             fact = Execution(now, node_name, engine, ms, bool(success), _rows(rows), bool(cached), None)
-            hand_over(self._add(fact))
+            _hand_over(self._add(fact))
         except Exception as exc:  # noqa: BLE001 - telemetry never harms
             _left_out(exc)
 
@@ -101,11 +115,24 @@ class MetricsManager:
         return {NodeFinished: self.node_finished, CacheLookup: self.counted, NodeRetried: self.counted}
 
     def node_finished(self, fact: NodeFinished) -> None:
-        """Count an execution. Skipped and lost ones are none; a cancelled one neither succeeded nor failed."""
-        if fact.outcome not in TIMELESS:
-            start, success = fact.start, {SUCCESS: True, FAILURE: False}.get(fact.outcome)
-            now, ms = fact.time_unix_nano, fact.duration_ns / 1e6
-            self._add(Execution(now, start.node, start.engine, ms, success, fact.rows_out, None, fact.rss))
+        """Note an execution: it is counted when somebody looks, or when many wait.
+
+        Skipped and lost ones are none; a cancelled one neither succeeded nor failed.
+        """
+        start, now, duration, outcome, _, _, rows, _, _, _, rss, _, _, _ = fact
+        if outcome not in TIMELESS:
+            # A plain tuple of scalars, as garbage collection stops looking at those.
+            self._unsettled.append((now, start[2], start[4], duration / 1e6, outcome, rows, rss))
+            if len(self._unsettled) >= UNSETTLED:
+                self.settle()
+
+    def settle(self) -> None:
+        """Count the executions that wait."""
+        waiting, settled = self._unsettled, _SUCCEEDED.get
+        with self._lock:
+            while waiting:
+                now, node, engine, ms, outcome, rows, rss = waiting.popleft()
+                self._add(Execution(now, node, engine, ms, settled(outcome), rows, None, rss))
 
     def counted(self, fact: CacheLookup | NodeRetried) -> None:
         """Count a cache lookup that a node declared, or a retry."""
@@ -123,7 +150,7 @@ class MetricsManager:
             cleaned = {clean_name(key): clean_name(DEFAULT.value(item, str(key))) for key, item in (tags or {}).items()}
             fact = Measure(time.time_ns(), known, clean_name(name), tuple(sorted(cleaned.items())), number, counted)
             self._keep(fact)
-            hand_over(fact)
+            _hand_over(fact)
         except Exception as exc:  # noqa: BLE001 - telemetry never harms
             _left_out(exc)
 
@@ -151,12 +178,14 @@ class MetricsManager:
     @property
     def metrics(self) -> list[MetricRecord]:
         """The records of the last 10,000 executions and values, oldest first."""
+        self.settle()
         with self._lock:
             recent = list(self._recent)
-        return [record for fact in recent for record in fact.records()]
+        return [record for fact in recent for record in _records(fact)]
 
     def snapshot(self, name: str | None = None) -> Snapshot:
         """Return everything counted so far, or of one node: a series for each type, name and labels."""
+        self.settle()
         with self._lock:
             return self._tallies.snapshot(None if name is None else clean_name(name))
 
@@ -221,18 +250,53 @@ class MetricsManager:
 
     def export_prometheus(self) -> str:
         """Return the text that `MetricsExporter.export_prometheus` does."""
+        from otel_odibi.export import MetricsExporter  # which loads prometheus_client
+
         return MetricsExporter(self).export_prometheus()
 
     def export_json(self) -> str:
         """Return `get_summary()` as `summary`, and the recent records as `metrics`."""
+        from otel_odibi.export import as_json
+
         return as_json({"summary": self.get_summary(), "metrics": [asdict(record) for record in self.metrics]})
 
     def save_to_file(self, path: str | os.PathLike[str], format: str = "json") -> None:  # noqa: A002 - as in Phase 8
         """Write `json` or `prometheus` to a file, which appears whole. Raises OSError; SettingError for a format."""
+        from otel_odibi.export import save
+
         exports = {"json": self.export_json, "prometheus": self.export_prometheus}
         if format not in exports:
             raise SettingError("format", format, "not known", "give json or prometheus")
         save(path, exports[format]().encode())
+
+
+def _records(fact: Execution | Measure) -> Iterator[MetricRecord]:
+    """Yield the values that a fact stands for."""
+    if isinstance(fact, Measure):
+        yield MetricRecord(fact.kind.value, fact.node, fact.value, fact.time_unix_nano / 1e9, dict(fact.labels))
+        return
+    failed = 1.0 if fact.success is False else None
+    ms, rows = fact.duration_ms, fact.rows
+    throughput = None if rows is None or ms is None else rows / ms * 1e3 if ms else None if rows else 0.0
+    for kind, value in (
+        (MetricType.NODE_DURATION, ms),
+        (MetricType.SUCCESS_COUNT, 1.0 if fact.success else None),
+        (MetricType.FAILURE_COUNT, failed),
+        (MetricType.ERROR_COUNT, failed),
+        (MetricType.CACHE_HIT, 1.0 if fact.cached else None),
+        (MetricType.CACHE_MISS, 1.0 if fact.cached is False else None),
+        (MetricType.THROUGHPUT, throughput),
+        (MetricType.MEMORY_USAGE, None if fact.rss is None else fact.rss / MIB),
+    ):
+        if value is not None:
+            yield MetricRecord(kind.value, fact.node, value, fact.time_unix_nano / 1e9, dict(labels_of(fact.engine)))
+
+
+def _hand_over(fact: Execution | Measure) -> None:
+    """Hand a record to the telemetry in force, whose totals stay when a manager is reset or gone."""
+    rt = live()
+    if rt is not None:
+        rt.emit(fact)
 
 
 def _number(value: Any) -> float | None:

@@ -1,7 +1,7 @@
 """Metrics of nodes and pipelines, aggregated from facts: a bounded set of series, exact totals, no cost per series.
 
 `Aggregates` keeps them itself: a synchronous SDK instrument costs 5 us a call, and the SDK has no observable
-histogram. `ApiInstruments` records the same facts through a host application's own meter instead.
+histogram. `instruments` records the same facts through a host application's own meter instead.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from opentelemetry.metrics import Meter, Observation
-
 from otel_odibi import names
+from otel_odibi.calls import current
 from otel_odibi.facts import (
+    MIB,
     CacheLookup,
     Distribution,
+    Execution,
     Exemplar,
     Family,
+    Measure,
+    MetricType,
     NodeFinished,
     NodeRetried,
     NodeStarted,
@@ -30,11 +33,32 @@ from otel_odibi.facts import (
     RunStarted,
 )
 from otel_odibi.forks import after_fork
-from otel_odibi.names import DURATION_BOUNDS, LOST, SKIPPED, SUCCESS, Instrument
+from otel_odibi.names import DURATION_BOUNDS, FAILURE, LOST, SKIPPED, SUCCESS, Instrument
 
 TIMELESS: Final = (SKIPPED, LOST)
 """Outcomes that record no duration."""
 _OVERFLOW: Final[Mapping[str, str | bool]] = {names.OVERFLOW_ATTRIBUTE: True}
+
+
+# The instrument that takes a type's values, the factor to its unit, where `Aggregates` keeps it, its own attribute.
+MEASURED: Final[dict[MetricType, tuple[Instrument, float, str, dict[str, str]]]] = {
+    MetricType.NODE_DURATION: (names.NODE_DURATION, 1e-3, "durations", {}),
+    MetricType.THROUGHPUT: (names.NODE_THROUGHPUT, 1, "throughput", {}),
+    MetricType.CACHE_HIT: (names.NODE_CACHE_LOOKUPS, 1, "hits", {"result": "hit"}),
+    MetricType.CACHE_MISS: (names.NODE_CACHE_LOOKUPS, 1, "misses", {"result": "miss"}),
+    MetricType.RETRY_COUNT: (names.NODE_RETRIES, 1, "retries", {}),
+    MetricType.MEMORY_USAGE: (names.NODE_MEMORY, MIB, "rss", {}),
+}
+_NO_SPAN: Final = NodeStarted("", "", "", "", "", 0, 0, 0, 0, 0)
+OUTCOMES: Final[dict[bool | None, Any]] = {True: SUCCESS, False: FAILURE, None: ""}
+
+
+def started_by_hand(fact: Execution | Measure) -> NodeStarted:
+    """Return a start for a record: of the pipeline under way here, and of no span."""
+    call = current.get()
+    pipeline = "" if call is None or call.run is None else call.run.name
+    engine = fact.engine if isinstance(fact, Execution) else dict(fact.labels).get("engine", "")
+    return NodeStarted(pipeline, "", fact.node, "", engine, 0, 0, 0, 0, fact.time_unix_nano)
 
 
 class Histogram:
@@ -144,6 +168,8 @@ class Aggregates:
             CacheLookup: self.cache_looked_up,
             RunStarted: self.run_started,
             RunFinished: self.run_finished,
+            Execution: self.executed,
+            Measure: self.measured,
         }
 
     def after_fork(self) -> None:
@@ -209,6 +235,42 @@ class Aggregates:
             if fact.outcome == SUCCESS:
                 series.last_success = fact.time_unix_nano / 1e9
 
+    def executed(self, fact: Execution) -> None:
+        """Count an execution: duration, rows, throughput, cache lookup."""
+        now, node, engine, ms, success, rows, cached, _ = fact
+        call = current.get()
+        run = None if call is None else call.run
+        with self._lock:
+            key = ("" if run is None else run.name, node, "", engine)
+            series = self._nodes.get(key) or self._node(started_by_hand(fact))
+            if ms is not None:
+                outcome = OUTCOMES[success]
+                histogram = series.durations.get(outcome)
+                if histogram is None:
+                    histogram = series.durations[outcome] = Histogram()
+                histogram.record(ms / 1e3, now, _NO_SPAN)
+            if rows is not None:
+                series.rows_out = (series.rows_out or 0) + rows
+                if ms:
+                    series.throughput = rows / ms * 1e3
+            if cached:
+                series.hits += 1
+            elif cached is not None:
+                series.misses += 1
+
+    def measured(self, fact: Measure) -> None:
+        """Count or set a value, if an instrument takes its type. A duration so recorded has an empty outcome."""
+        if fact.kind not in MEASURED:
+            return
+        instrument, factor, slot, _ = MEASURED[fact.kind]
+        value, start = fact.value * factor, started_by_hand(fact)
+        with self._lock:
+            series = self._node(start)
+            if instrument.kind == "histogram":
+                series.durations.setdefault("", Histogram()).record(value, fact.time_unix_nano, start)
+            else:
+                setattr(series, slot, value + (getattr(series, slot) if instrument.kind == "counter" else 0))
+
     def drop(self, signal: str, reason: str, count: int = 1) -> None:
         """Count telemetry that was lost."""
         with self._lock:
@@ -240,7 +302,7 @@ class Aggregates:
             if len(self._nodes) >= self._limit:
                 self._turned_away.add(names.NODE_DURATION.name)
                 return self._extra_nodes
-            attributes = _known(pipeline=fact.pipeline, node=fact.node, layer=fact.layer, engine=fact.engine)
+            attributes = known(pipeline=fact.pipeline, node=fact.node, layer=fact.layer, engine=fact.engine)
             series = self._nodes[key] = _NodeSeries(attributes)
         return series
 
@@ -260,7 +322,7 @@ class Aggregates:
         if len(self._edges) >= self._limit:
             self._turned_away.add(names.NODE_EDGE.name)
         else:
-            self._edges[key] = _known(pipeline=pipeline, source=source, target=target)
+            self._edges[key] = known(pipeline=pipeline, source=source, target=target)
 
     def _points(self) -> dict[Instrument, list[Any]]:
         points: dict[Instrument, list[Any]] = {instrument: [] for instrument in names.INSTRUMENTS}
@@ -323,88 +385,7 @@ def _add_pipeline(points: dict[Instrument, list[Any]], series: _PipelineSeries) 
         points[names.PIPELINE_ACTIVE].append(Number(series.attributes, series.active))
 
 
-class ApiInstruments:
-    """Listens to facts and records them through a meter of the OpenTelemetry API: a host application's own.
-
-    The same instruments, attributes and bucket bounds as `Aggregates`; the host's SDK limits and exports them.
-    """
-
-    def __init__(self, meter: Meter, own: Aggregates) -> None:
-        make = {
-            "counter": meter.create_counter,
-            "updowncounter": meter.create_up_down_counter,
-            "gauge": meter.create_gauge,
-        }
-        self._of: dict[Instrument, Any] = {}
-        for instrument in names.INSTRUMENTS:
-            text = {"name": instrument.name, "unit": instrument.unit, "description": instrument.description}
-            if instrument is names.PROCESS_UPTIME:
-                meter.create_observable_gauge(callbacks=[lambda options: [Observation(own.uptime())]], **text)
-            elif instrument is names.TELEMETRY_DROPPED:
-                meter.create_observable_counter(callbacks=[lambda options: _losses(own)], **text)
-            elif instrument.kind == "histogram":
-                bounds = list(DURATION_BOUNDS)
-                self._of[instrument] = meter.create_histogram(explicit_bucket_boundaries_advisory=bounds, **text)
-            else:
-                self._of[instrument] = make[instrument.kind](**text)
-
-    def listeners(self) -> dict[type, Callable[[Any], None]]:
-        """Return which of the methods wants which fact."""
-        return {
-            NodeStarted: lambda fact: self._of[names.NODE_ACTIVE].add(1, _node_key(fact)),
-            NodeFinished: self.node_finished,
-            NodeRetried: lambda fact: self._of[names.NODE_RETRIES].add(1, _node_key(fact.start)),
-            CacheLookup: self.cache_looked_up,
-            RunStarted: lambda fact: self._of[names.PIPELINE_ACTIVE].add(1, {"pipeline": fact.pipeline}),
-            RunFinished: self.run_finished,
-        }
-
-    def node_finished(self, fact: NodeFinished) -> None:
-        """Record a finished execution: duration, rows, throughput, memory, edges."""
-        start, of = fact.start, self._of
-        key = _node_key(start)
-        attributes = {**key, **_known(layer=start.layer, engine=start.engine)}
-        of[names.NODE_ACTIVE].add(-1, key)
-        if fact.outcome not in TIMELESS:
-            seconds = fact.duration_ns / 1e9
-            of[names.NODE_DURATION].record(seconds, {**attributes, "outcome": fact.outcome})
-            if fact.rows_out is not None and seconds > 0:
-                of[names.NODE_THROUGHPUT].set(fact.rows_out / seconds, attributes)
-        for direction, rows in (("in", fact.rows_in), ("out", fact.rows_out)):
-            if rows is not None:
-                of[names.NODE_ROWS].add(rows, {**attributes, "direction": direction})
-        if fact.rss is not None:
-            of[names.NODE_MEMORY].set(fact.rss, key)
-        for edge in fact.edges:
-            if edge.node != start.node:
-                edge_key = _known(pipeline=start.pipeline, source=edge.node, target=start.node)
-                of[names.NODE_EDGE].set(1, edge_key)
-
-    def cache_looked_up(self, fact: CacheLookup) -> None:
-        """Record a cache hit or miss."""
-        result = "hit" if fact.hit else "miss"
-        self._of[names.NODE_CACHE_LOOKUPS].add(1, {**_node_key(fact.start), "result": result})
-
-    def run_finished(self, fact: RunFinished) -> None:
-        """Record a finished run and, where it succeeded, when."""
-        key = {"pipeline": fact.start.pipeline}
-        self._of[names.PIPELINE_ACTIVE].add(-1, key)
-        if fact.outcome not in TIMELESS:
-            self._of[names.PIPELINE_DURATION].record(fact.duration_ns / 1e9, {**key, "outcome": fact.outcome})
-        if fact.outcome == SUCCESS:
-            self._of[names.PIPELINE_LAST_SUCCESS].set(fact.time_unix_nano / 1e9, key)
-
-
-def _losses(own: Aggregates) -> list[Observation]:
-    lost = own.dropped().items()
-    return [Observation(count, {"signal": signal, "reason": reason}) for (signal, reason), count in lost]
-
-
-def _node_key(fact: NodeStarted) -> dict[str, str | bool]:
-    return _known(pipeline=fact.pipeline, node=fact.node)
-
-
-def _known(**attributes: str) -> dict[str, str | bool]:
+def known(**attributes: str) -> dict[str, str | bool]:
     """Return the attributes that have a value: a node outside any pipeline has no pipeline, not an empty one."""
     return {key: value for key, value in attributes.items() if value}
 

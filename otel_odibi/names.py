@@ -58,7 +58,7 @@ CANCELLED: Final = "cancelled"
 SKIPPED: Final = "skipped"
 LOST: Final = "lost"
 
-# --- log event types -------------------------------------------------------------------------------------------------
+# --- log event types and events --------------------------------------------------------------------------------------
 
 NODE_START: Final = "node_start"
 NODE_COMPLETE: Final = "node_complete"
@@ -70,11 +70,18 @@ PIPELINE_COMPLETE: Final = "pipeline_complete"
 CHECKPOINT_CREATED: Final = "checkpoint_created"
 ERROR: Final = "error"
 LOG: Final = "log"
+PIPELINE_FAILED: Final = "pipeline_failed"
+NODE_RETRY: Final = "node_retry"
 
 LOG_EVENT_TYPES: Final = (
     NODE_START, NODE_COMPLETE, NODE_FAILED, CACHE_HIT, CACHE_MISS,
     PIPELINE_START, PIPELINE_COMPLETE, CHECKPOINT_CREATED, ERROR, LOG,
 )  # fmt: skip
+EVENTS: Final = (
+    PIPELINE_START, NODE_START, NODE_COMPLETE, NODE_FAILED, NODE_RETRY, CACHE_HIT, CACHE_MISS, PIPELINE_COMPLETE,
+    PIPELINE_FAILED,
+)  # fmt: skip
+"""Events of the event bus that the core emits."""
 
 # --- metrics ---------------------------------------------------------------------------------------------------------
 

@@ -13,10 +13,20 @@ from opentelemetry.trace import Tracer
 
 from otel_odibi import names
 from otel_odibi.clean import DEFAULT, Cleaner
-from otel_odibi.facts import CacheLookup, Fact, NodeFinished, NodeRetried, NodeStarted, RunFinished, RunStarted
+from otel_odibi.facts import (
+    CacheLookup,
+    Execution,
+    Fact,
+    Measure,
+    NodeFinished,
+    NodeRetried,
+    NodeStarted,
+    RunFinished,
+    RunStarted,
+)  # fmt: skip
 
 Listener = Callable[[Any], None]
-FACTS: Final = (RunStarted, RunFinished, NodeStarted, NodeFinished, CacheLookup, NodeRetried)
+FACTS: Final = (RunStarted, RunFinished, NodeStarted, NodeFinished, CacheLookup, NodeRetried, Execution, Measure)
 
 
 class Runtime:

@@ -381,14 +381,26 @@ def _current_directory() -> Path:
 
 
 def read_project(start: Path) -> dict[str, Any]:
-    """Return `[tool.otel-odibi]` of the nearest pyproject.toml at or above `start`, without its sub-tables.
+    """Return the settings in `[tool.otel-odibi]` of the nearest pyproject.toml at or above `start`.
 
     Raises `SettingError` where that file is not valid TOML. An unreadable file counts as absent.
     """
+    return {key: value for key, value in _project_table(start).items() if key not in SUB_TABLES}
+
+
+def project_alerts(start: Path | None = None) -> Mapping[str, Any]:
+    """Return `[tool.otel-odibi.alerts]` of the nearest pyproject.toml; raises as `read_project` does."""
+    table = _project_table(start or _current_directory()).get("alerts", {})
+    if not isinstance(table, Mapping):
+        raise SettingError("[tool.otel-odibi] alerts", table, "not a table", "write [tool.otel-odibi.alerts.NAME]")
+    return table
+
+
+def _project_table(start: Path) -> dict[str, Any]:
     for folder in (start, *start.absolute().parents):
         path = folder / "pyproject.toml"
         if os.path.isfile(path):  # which, unlike Path.is_file, is false where access is denied
-            return {key: value for key, value in _read_toml(path).items() if key not in SUB_TABLES}
+            return _read_toml(path)
     return {}
 
 

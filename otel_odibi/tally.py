@@ -11,7 +11,7 @@ from operator import attrgetter
 from typing import Any, Final, NamedTuple
 
 from otel_odibi import names
-from otel_odibi.recorded import MIB, Execution, Labels, MetricType
+from otel_odibi.facts import MIB, Execution, Labels, MetricType
 
 OVERFLOW: Final = names.OVERFLOW_ATTRIBUTE
 """The name under which adds up what is too many to be kept apart."""

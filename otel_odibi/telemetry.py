@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import dataclasses
 import logging
 import os
@@ -11,9 +10,10 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from opentelemetry import metrics as metrics_api
 from opentelemetry import trace as trace_api
@@ -32,80 +32,35 @@ from opentelemetry.sdk.trace.export import SpanExporter
 from typing_extensions import Self
 
 from otel_odibi import logs, names, runtime
-from otel_odibi.clean import DEFAULT, Cleaner, message_of
+from otel_odibi.clean import Cleaner
 from otel_odibi.delivery import SpanQueue
 from otel_odibi.errors import SettingError
 from otel_odibi.exporters.jsonl import JsonlSink
 from otel_odibi.exporters.points import CUMULATIVE, Producer, WithProducer
-from otel_odibi.facts import Fact
+from otel_odibi.facts import Fact, Family
 from otel_odibi.forks import after_fork
+from otel_odibi.instruments import ApiInstruments
 from otel_odibi.logs import LogWriter
-from otel_odibi.metrics import Aggregates, ApiInstruments, rss_reader
+from otel_odibi.manager import MetricsManager
+from otel_odibi.metrics import Aggregates, rss_reader
 from otel_odibi.runtime import FACTS, Runtime
-from otel_odibi.settings import Settings
+from otel_odibi.settings import Settings, project_alerts
 from otel_odibi.spans import LeanTracer
+from otel_odibi.structured import StructuredLogger
+from otel_odibi.troubles import Troubles
 
 if TYPE_CHECKING:
     from otel_odibi.exporters.otlp import OtlpLogs
-
-_log: Final = logging.getLogger(names.SCOPE)
-_LOST: Final = "telemetry lost: %s, reason %s (counted in odibi.telemetry.dropped)"
-
-
-class Troubles:
-    """Where losses and inner errors go: counted in `odibi.telemetry.dropped`, warned about once a cause a minute.
-
-    Thread-safe; never raises.
-    """
-
-    def __init__(self, drop: Callable[[str, str, int], None], *, tick: Callable[[], float] = time.monotonic) -> None:
-        self._drop = drop
-        self._tick = tick
-        self._warned: dict[tuple[str, str], float] = {}
-
-    def dropped(self, signal: str, reason: str, count: int = 1) -> None:
-        """Count `count` lost items of a signal (spans, metrics, logs)."""
-        self._drop(signal, reason, count)
-        self.warn(signal, reason, _LOST, signal, reason)
-
-    def on_drop(self, signal: str) -> Callable[[str, int], None]:
-        """Return a function (reason, count) that counts losses of this signal."""
-        return lambda reason, count: self.dropped(signal, reason, count)
-
-    def error(self, where: str, exc: BaseException) -> None:
-        """Count an inner error, which the user's pipeline never sees."""
-        kind = type(exc).__name__
-        self._drop("internal", where, 1)
-        self.warn(
-            where, kind, "error inside telemetry, in %s: %s", where, DEFAULT.text(f"{kind}: {message_of(exc)}", 500)
-        )
-
-    def overflow(self, instrument: str) -> None:
-        """Warn that a metric has more series than the limit."""
-        self.warn(
-            "cardinality", instrument,
-            "metric %s has reached the cardinality limit: further attribute sets (pipeline, node, layer, engine) add "
-            "up in one overflow series; use fewer node names or raise cardinality_limit", instrument,
-        )  # fmt: skip
-
-    def warn(self, cause: str, detail: str, message: str, *args: object) -> None:
-        """Log a warning unless this cause had one within the last minute."""
-        now = self._tick()
-        last = self._warned.get((cause, detail))
-        if last is not None and now - last < 60:
-            return
-        if len(self._warned) > 1_000:
-            self._warned.clear()
-        self._warned[(cause, detail)] = now
-        with contextlib.suppress(Exception):  # a host's logging handler may raise
-            _log.warning(message, *args)
+    from otel_odibi.hooks import Declared, EventBus
 
 
 class Telemetry:
     """Everything that `configure()` started: made by it, not by hand. A context manager that shuts down on exit.
 
     Attributes: `settings`; `tracer_provider` and `meter_provider` (OpenTelemetry providers); `aggregates` (the totals
-    behind the metrics); `prometheus_url` (of the endpoint, or None). Methods are thread-safe.
+    behind the metrics); `prometheus_url` (of the endpoint, or None); `metrics` (a `MetricsManager` that knows what
+    nodes did); `logger` (a `StructuredLogger` on the log file); `events` (an `EventBus` that tells of runs and nodes,
+    with the hooks that `[tool.otel-odibi.alerts]` declares). Methods are thread-safe.
     """
 
     def __init__(
@@ -119,6 +74,7 @@ class Telemetry:
         log_outputs: tuple[logs.Output, ...] = (),
         clock: Callable[[], int] = time.time_ns,
         environ: Mapping[str, str] = os.environ,
+        alerts: Mapping[str, Any] | None = None,
         runtime_options: Mapping[str, Any] | None = None,
     ) -> None:
         self.settings = settings
@@ -126,9 +82,11 @@ class Telemetry:
         self.prometheus_url: str | None = None
         self.queues: list[SpanQueue] = []
         self._sinks: list[JsonlSink] = []
+        self._files: list[Callable[[int], bool]] = []
+        self._events: EventBus | None = None
         self._otlp_logs: OtlpLogs | None = None
         self._handler: logging.Handler | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._closed = False
         self._clock = clock
         self._environ = environ
@@ -136,7 +94,9 @@ class Telemetry:
             settings.cardinality_limit, clock=clock, on_overflow=lambda name: self.troubles.overflow(name)
         )
         self.troubles = Troubles(self.aggregates.drop)
+        self.metrics = MetricsManager()
         self.resource = _resource(settings, self.cleaner)
+        declared = self._declared(alerts or {})
         try:
             self.tracer_provider = self._tracing(tracer_provider, span_exporters)
             self.log_writer = self._logging(log_outputs)
@@ -144,6 +104,7 @@ class Telemetry:
         except BaseException:  # a port that is taken, an extra that is missing: leave no file and no thread behind
             self._close_logs(time.monotonic())
             raise
+        self.logger = StructuredLogger.over(self.log_writer, next(iter(self._sinks), None), settings.service_name)
         self.runtime = Runtime(
             self._tracer(),
             self._listeners(meter_provider),
@@ -154,6 +115,8 @@ class Telemetry:
             **{"read_rss": rss_reader(), **(runtime_options or {})},
         )
         after_fork(self.aggregates.after_fork)
+        for event, hook, options in declared:
+            self.events.register_hook(event, hook, **options)
 
     @property
     def directory(self) -> Path | None:
@@ -170,7 +133,8 @@ class Telemetry:
                 resource=self.resource, shutdown_on_exit=False, meter_provider=metrics_api.NoOpMeterProvider()
             )
         )
-        for exporter in (*self._span_exporters(), *extra):
+        files = self._span_files()
+        for exporter in (*files, *self._otlp("TRACES"), *extra):
             queue = SpanQueue(
                 exporter,
                 cleaner=self.cleaner,
@@ -179,6 +143,7 @@ class Telemetry:
                 on_drop=self.troubles.on_drop("spans"),
             )
             self.queues.append(queue)
+            self._files += [queue.force_flush] if exporter in files else []
             self.attach(queue, provider)
         return provider
 
@@ -198,7 +163,7 @@ class Telemetry:
                 "host", "provider", "the host's tracer provider takes no exporters: spans go to it alone"
             )
 
-    def _span_exporters(self) -> list[SpanExporter]:
+    def _span_files(self) -> list[SpanExporter]:
         s, on_drop = self.settings, self.troubles.on_drop("spans")
         exporters: list[SpanExporter] = []
         target = s.parquet_uri or s.directory
@@ -212,20 +177,26 @@ class Telemetry:
             from otel_odibi.exporters.json import JsonSpanExporter
 
             exporters.append(JsonSpanExporter(s.directory, service=s.service_name, on_drop=on_drop))
-        if wants_otlp(s, "TRACES", self._environ):
-            from otel_odibi.exporters import otlp
-
-            exporters.append(otlp.span_exporter(s))
         return exporters
+
+    def _otlp(self, signal: str) -> list[Any]:
+        if not wants_otlp(self.settings, signal, self._environ):
+            return []
+        from otel_odibi.exporters import otlp
+
+        make = {"TRACES": otlp.span_exporter, "METRICS": otlp.metric_exporter}[signal]
+        return [make(self.settings)]
 
     def _metering(self, extra: tuple[MetricReader, ...]) -> MeterProvider:
         on_drop = self.troubles.on_drop("metrics")
         interval = self.settings.metric_interval * 1000
-        exporters, endpoint = self._metric_exporters(), self._endpoint()  # what may fail comes before there are threads
+        # What may fail comes before there are threads.
+        files, otlp, endpoint = self._metric_files(), self._otlp("METRICS"), self._endpoint()
         readers: list[MetricReader] = [
             PeriodicExportingMetricReader(WithProducer(exporter, self.producer, on_drop), interval, 10_000)
-            for exporter in exporters
+            for exporter in (*files, *otlp)
         ]
+        self._files += [reader.force_flush for reader in readers[: len(files)]]
         provider = enabled(MeterProvider([*readers, *extra, *endpoint], self.resource, shutdown_on_exit=False))
         uptime = names.PROCESS_UPTIME  # the SDK's own: a reader of a provider without instruments exports nothing
         provider.get_meter(names.SCOPE).create_observable_gauge(
@@ -233,7 +204,7 @@ class Telemetry:
         )
         return provider
 
-    def _metric_exporters(self) -> list[MetricExporter]:
+    def _metric_files(self) -> list[MetricExporter]:
         s, on_drop = self.settings, self.troubles.on_drop("metrics")
         exporters: list[MetricExporter] = []
         target = s.parquet_uri or s.directory
@@ -251,18 +222,16 @@ class Telemetry:
             from otel_odibi.exporters.textfile import TextfileMetricExporter
 
             exporters.append(TextfileMetricExporter(s.directory, service=s.service_name, on_drop=on_drop))
-        if wants_otlp(s, "METRICS", self._environ):
-            from otel_odibi.exporters import otlp
-
-            exporters.append(otlp.metric_exporter(s))
         return exporters
 
     def producer(self, temporality: AggregationTemporality = CUMULATIVE) -> Producer:
         """Make what adds this telemetry's own metrics to those of one metric reader."""
         aggregates = self.aggregates
-        return Producer(
-            aggregates.collect, self.resource, lambda: aggregates.start_time_unix_nano, temporality, self._clock
-        )
+        return Producer(self._collect, self.resource, lambda: aggregates.start_time_unix_nano, temporality, self._clock)
+
+    def _collect(self) -> list[Family]:
+        self.metrics.settle()  # here, on a reader's thread, so that no node has to
+        return self.aggregates.collect()
 
     def _endpoint(self) -> list[MetricReader]:
         s = self.settings
@@ -309,11 +278,48 @@ class Telemetry:
 
     def _listeners(self, host_meters: metrics_api.MeterProvider | None) -> dict[type, list[runtime.Listener]]:
         sources: list[Any] = [self.log_writer] if self.log_writer.writes else []
-        sources.append(self.aggregates)
+        sources += [self.aggregates, self.metrics]
         if host_meters is not None:
             sources.append(ApiInstruments(host_meters.get_meter(names.SCOPE), self.aggregates))
         found = [source.listeners() for source in sources]
         return {fact: [listeners[fact] for listeners in found if fact in listeners] for fact in FACTS}
+
+    # --- events ------------------------------------------------------------------------------------------------------
+
+    @property
+    def events(self) -> EventBus:
+        """The bus on which runs and nodes are told of. It hears of them from the first registered hook on."""
+        with self._lock:
+            if self._events is None:
+                from otel_odibi.hooks import EventBus
+
+                self._events = EventBus(
+                    on_error=self.troubles.error,
+                    on_drop=self.troubles.on_drop("events"),
+                    on_first_hook=self._feed,
+                    state_dir=None if self.directory is None else self.directory / "alerts",
+                    cleaner=self.cleaner,
+                )
+            return self._events
+
+    def _feed(self) -> None:
+        from otel_odibi.emitted import FactEvents
+
+        fed = FactEvents(self.events, metrics_manager=self.metrics, flush=self.flush_files)
+        for kind, listener in fed.listeners().items():
+            self.subscribe(kind, listener)
+
+    def _declared(self, alerts: Mapping[str, Any]) -> list[Declared]:
+        if not alerts:
+            return []
+        from otel_odibi.hooks import declared
+
+        return declared(alerts, self.events, self._environ)
+
+    def flush_files(self) -> bool:
+        """Complete the files of spans and metrics; True where that was done within `exit_timeout`. Never raises."""
+        deadline = time.monotonic() + self.settings.exit_timeout
+        return _within(lambda: self._flushed([partial(flush, _left_ms(deadline)) for flush in self._files]), deadline)
 
     # --- life --------------------------------------------------------------------------------------------------------
 
@@ -344,16 +350,19 @@ class Telemetry:
             return True
         deadline = time.monotonic() + timeout
         done = [queue.force_flush(_left_ms(deadline)) for queue in self.queues]
-        done.append(_within(self._flush_metrics_and_logs, deadline))
-        return all(done)
+        others: list[Callable[[], bool]] = [self.meter_provider.force_flush]
+        others += [] if self._otlp_logs is None else [self._otlp_logs.flush]
+        return _within(lambda: self._flushed(others), deadline) and all(done)
 
-    def _flush_metrics_and_logs(self) -> bool:
-        try:
-            done = self.meter_provider.force_flush()
-            return done if self._otlp_logs is None else self._otlp_logs.flush() and done
-        except Exception as exc:  # noqa: BLE001 - the SDK raises what its readers raised
-            self.troubles.error("flush", exc)
-            return False
+    def _flushed(self, flushes: list[Callable[[], bool]]) -> bool:
+        done = True
+        for flush in flushes:
+            try:
+                done = flush() and done
+            except Exception as exc:  # noqa: BLE001, PERF203 - the SDK raises what its readers raised
+                self.troubles.error("flush", exc)
+                done = False
+        return done
 
     def shutdown(self, timeout: float | None = None) -> None:
         """Flush, close every file and thread, give globals back; scopes go on without recording. Idempotent.
@@ -380,6 +389,8 @@ class Telemetry:
             self.troubles.error("shutdown", exc)
         for queue in self.queues:
             queue.shutdown(_left_ms(deadline))
+        if self._events is not None:  # last, as hooks have run on meanwhile: one that hangs costs no data
+            self._events.shutdown(_left_ms(deadline) / 1000)
         self._close_logs(deadline)
 
     def _close_logs(self, deadline: float) -> None:
@@ -467,6 +478,7 @@ def configure(
     global _current
     given = {"service_name": service_name, "directory": directory, "environment": environment, **settings}
     loaded = Settings.load(given)
+    alerts = project_alerts() if loaded.enabled else {}
     _check_directory(loaded.directory if loaded.enabled else None)
     with _lock:
         if _current is not None:
@@ -477,6 +489,7 @@ def configure(
             loaded,
             tracer_provider=tracer_provider or _host_tracing(),
             meter_provider=meter_provider or _host_metering(),
+            alerts=alerts,
         )
         if set_global and loaded.enabled:
             _install(telemetry)

@@ -57,17 +57,10 @@ MAIL_SERVER = """if True:
 """
 
 PIPELINE = """if True:
-    import json, sys
+    import sys
     import otel_odibi as oo
-    from otel_odibi.emitted import FactEvents
-    from otel_odibi.hooks import EventBus, alerts_from
-    directory, table, fails = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3] == "fails"
+    directory, fails = sys.argv[1], sys.argv[2] == "fails"
     telemetry = oo.configure(service_name="flights", directory=directory)
-    bus = EventBus(state_dir=directory + "/alerts")
-    for event, hook in alerts_from(table, bus):
-        bus.register_hook(event, hook)
-    for kind, listener in FactEvents(bus).listeners().items():
-        telemetry.subscribe(kind, listener)
     try:
         with oo.pipeline("flights") as run, oo.node("join"):
             if fails:
@@ -75,8 +68,8 @@ PIPELINE = """if True:
     except ValueError:
         pass
     print("pipeline done", run.trace_id, flush=True)
-    bus.shutdown(timeout=float(sys.argv[4]))
-    print("abandoned", bus.abandoned, flush=True)
+    telemetry.shutdown(timeout=float(sys.argv[3]))
+    print("abandoned", telemetry.events.abandoned, flush=True)
 """
 
 
@@ -125,10 +118,17 @@ def certificate(tmp_path):
 
 def run(directory: Path, alert: dict, *, fails: bool, wait: float = 30, **environ: str) -> tuple[str, str]:
     """Run the pipeline in a process of its own; return its trace id and all that it printed and logged."""
-    arguments = [str(directory), json.dumps({"nightly": alert}), "fails" if fails else "works", str(wait)]
-    command = [sys.executable, "-c", PIPELINE, *arguments]
+    (directory / "pyproject.toml").write_text(
+        "".join(
+            f"[tool.otel-odibi.alerts.nightly{part}]\n"
+            + "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items() if key != "email")
+            for part, table in (("", alert), (".email", alert.get("email", {})))
+            if table
+        )
+    )
+    command = [sys.executable, "-c", PIPELINE, str(directory), "fails" if fails else "works", str(wait)]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env={**os.environ, **environ}, check=True
+        command, cwd=directory, capture_output=True, text=True, timeout=120, env={**os.environ, **environ}, check=True
     )
     logs = "".join(path.read_text() for path in directory.glob("logs/*.jsonl"))
     line = next(line for line in done.stdout.splitlines() if line.startswith("pipeline done"))

@@ -30,11 +30,13 @@ import otel_odibi as oo
 from otel_odibi import alerts, hooks
 from otel_odibi.channels import Email, Webhook, problem_of
 from otel_odibi.clean import Cleaner
-from otel_odibi.emitted import EVENTS, FactEvents
+from otel_odibi.emitted import FactEvents
 from otel_odibi.errors import SettingError
+from otel_odibi.events import EventPriority
 from otel_odibi.exporters.jsonl import JsonlSink
-from otel_odibi.hooks import EventBus, alerts_from
+from otel_odibi.hooks import EventBus, declared
 from otel_odibi.manager import MetricsManager
+from otel_odibi.names import EVENTS
 from otel_odibi.testing import capture
 
 SECRET = "https://hooks.example.com/services/T0000/B0000/XyzXyzXyz"
@@ -176,25 +178,20 @@ def test_hooks_without_what_they_need_do_nothing(bus, tmp_path, capsys):
 
 
 @pytest.fixture
-def manager(monkeypatch):
-    """A metrics manager, and an exporter for Parquet."""
-    made = SimpleNamespace(export_json=lambda: '{"a": 1}', export_prometheus=lambda: "a 1\n")
-
-    def save_parquet(path):
-        with open(path, "w") as stream:
-            stream.write("parquet")
-
-    monkeypatch.setattr(hooks, "_exporter", lambda given: SimpleNamespace(save_parquet=save_parquet))
+def manager():
+    """A metrics manager that knows of one execution."""
+    made = MetricsManager()
+    made.record_node_execution("read", 12.5, True, rows=3)
     return made
 
 
 def test_metrics_are_exported_as_json_and_prometheus_text(bus, tmp_path, manager):
-    """By default; the directory is made."""
+    """By default; the directory is made. The JSON document is the one that dashboards read."""
     bus.create_metrics_export_hook(tmp_path / "new" / "metrics")({"metrics_manager": manager})
     found = {path.suffix: path for path in (tmp_path / "new" / "metrics").iterdir()}
     assert set(found) == {".json", ".prom"}
-    assert json.loads(found[".json"].read_text()) == {"a": 1}
-    assert found[".prom"].read_text() == "a 1\n"
+    assert [node["node_name"] for node in json.loads(found[".json"].read_text())["by_node"]] == ["read"]
+    assert 'odibi_node_duration_ms{engine="pandas",node="read"} 12.5' in found[".prom"].read_text()
     assert all(re.fullmatch(r"metrics_\d{8}T\d{6}_\d{6}_\d+_\d+", path.stem) for path in found.values())
 
 
@@ -206,10 +203,8 @@ def test_metrics_are_exported_in_the_formats_asked_for(bus, tmp_path, manager):
         bus.create_metrics_export_hook(tmp_path, ["xml"])
 
 
-def test_a_real_metrics_manager_is_exported_in_every_format(bus, tmp_path):
+def test_a_metrics_manager_is_exported_in_every_format(bus, tmp_path, manager):
     """What was recorded by hand is in all three files."""
-    manager = MetricsManager()
-    manager.record_node_execution("read", 12.5, True, rows=3)
     bus.register_hook("pipeline_complete", bus.create_metrics_export_hook(tmp_path, ["json", "prometheus", "parquet"]))
     bus.emit("pipeline_complete", {"metrics_manager": manager})
     assert not bus.errors
@@ -680,10 +675,10 @@ def test_alerts_are_declared_in_pyproject(bus, posts, capsys):
         "nightly": {"webhook_env": "SLACK", "email": mail},
         "late": {"on": "pipeline_complete", "pipeline": "flights", "condition": "duration_over", "value": 900},
     }
-    pairs = alerts_from(table, bus, {"SLACK": SECRET, "SMTP_PASSWORD": ""})
-    for event, hook in pairs:
-        bus.register_hook(event, hook)
-    assert [(event, hook.__name__) for event, hook in pairs] == [
+    pairs = declared(table, bus, {"SLACK": SECRET, "SMTP_PASSWORD": ""})
+    for event, hook, options in pairs:
+        bus.register_hook(event, hook, **options)
+    assert [(event, hook.__name__) for event, hook, _ in pairs] == [
         ("pipeline_failed", "nightly"),
         ("pipeline_complete", "nightly"),
         ("pipeline_complete", "late"),
@@ -700,16 +695,33 @@ def test_alerts_are_declared_in_pyproject(bus, posts, capsys):
 def test_the_documented_declaration_works(bus):
     """The one in the docstring names every key."""
     tomllib = pytest.importorskip("tomllib")
-    example = textwrap.dedent(inspect.getdoc(alerts_from).partition("::\n")[2].partition("An alert on")[0])
+    example = textwrap.dedent(inspect.getdoc(declared).partition("::\n")[2].partition("An alert on")[0])
     table = tomllib.loads(example)["tool"]["otel-odibi"]["alerts"]
     environ = {"SLACK_WEBHOOK_URL": SECRET, "SMTP_PASSWORD": "XyzXyzXyz"}
-    ((event, hook),) = alerts_from(table, bus, environ)
-    assert event == "pipeline_complete"
+    (event, hook, _), (other, _, how) = declared(table, bus, environ)
+    assert event == other == "pipeline_complete"
+    assert how == {"name": "numbers", "priority": EventPriority.LOW, "async_execution": True}
     assert [str(courier.channel) for courier in hook._couriers] == [
         "webhook https://hooks.example.com",
         "mail server mail.example.com",
     ]
     assert set(hooks._KEYS) - set(table["late"]) == {"webhook"}
+
+
+def test_hooks_are_declared_in_pyproject(bus, tmp_path, capsys):
+    """Stock ones with what makes them, or any function of a module."""
+    table = {
+        "numbers": {"hook": "metrics_export", "export_dir": str(tmp_path), "formats": ["parquet"]},
+        "show": {"hook": "builtins:print", "on": "pipeline_start", "priority": "critical"},
+    }
+    for event, hook, options in declared(table, bus, {}):
+        bus.register_hook(event, hook, **options)
+    (show,) = bus.get_hooks("pipeline_start")
+    assert (show.name, show.priority, show.async_execution) == ("show", EventPriority.CRITICAL, False)
+    bus.emit("pipeline_start", {"pipeline_name": "flights"})
+    bus.emit("pipeline_complete", {"metrics_manager": oo.MetricsManager()})
+    assert "'pipeline_name': 'flights'" in capsys.readouterr().out
+    assert [path.suffix for path in tmp_path.iterdir()] == [".parquet"]
 
 
 @pytest.mark.parametrize(
@@ -722,12 +734,19 @@ def test_the_documented_declaration_works(bus):
         ({"webhook_env": "MISSING"}, "webhook_env"),
         ({"webhook": "XyzXyzXyz"}, "webhook"),
         ({"email": {"host": "mail", "password": "XyzXyzXyz"}}, "email"),
+        ({"hook": "full_moon"}, "hook"),
+        ({"hook": "no.such.module:function"}, "hook"),
+        ({"hook": "summary", "export_dir": "x"}, "hook"),
+        ({"hook": "builtins:print", "end": ""}, "hook"),
+        ({"hook": "log_rotation", "log_dir": "logs", "max_files": -1}, "max_files"),
+        ({"hook": "summary", "priority": "whenever"}, "priority"),
+        ({"hook": "summary", "on": "full_moon"}, "on"),
     ],
 )
 def test_a_declaration_that_cannot_work_names_its_place(bus, options, name):
     """Alert, key and remedy; never a secret."""
     with pytest.raises(SettingError) as caught:
-        alerts_from({"nightly": options}, bus, {})
+        declared({"nightly": options}, bus, {})
     assert caught.value.name == f"[tool.otel-odibi.alerts.nightly] {name}"
     assert caught.value.remedy
     assert str(caught.value).count(caught.value.remedy) == 1
@@ -737,7 +756,7 @@ def test_a_declaration_that_cannot_work_names_its_place(bus, options, name):
 def test_a_declaration_is_a_table(bus):
     """Nothing else."""
     with pytest.raises(SettingError, match="not a table"):
-        alerts_from({"nightly": True}, bus)
+        declared({"nightly": True}, bus)
 
 
 # --- the events of the core ------------------------------------------------------------------------------------------
@@ -801,6 +820,13 @@ def test_a_pipeline_that_fails_completes_and_then_fails(core):
     assert [event["_event_name"] for event in core.seen] == ["pipeline_complete", "pipeline_failed"]
     assert core.seen[1]["outcome"] == "failure"
     assert core.flushed == [0]
+
+
+def test_nothing_is_flushed_for_alerts_alone(core):
+    """They want no files, so a pipeline does not wait for any."""
+    core.bus.register_hook("pipeline_complete", core.bus.create_alert_hook())
+    run_flights()
+    assert not core.flushed
 
 
 def test_events_that_nobody_wants_are_not_made(core, monkeypatch):

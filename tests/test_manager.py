@@ -25,10 +25,10 @@ import otel_odibi as oo
 from otel_odibi import manager as module
 from otel_odibi import names, tally
 from otel_odibi.errors import SettingError
-from otel_odibi.facts import Distribution, Number
+from otel_odibi.facts import Distribution, Execution, Number
+from otel_odibi.instruments import ApiInstruments
 from otel_odibi.manager import MetricsManager, MetricType
 from otel_odibi.metrics import Aggregates
-from otel_odibi.recorded import HandAggregates, HandInstruments, connect
 from otel_odibi.testing import Capture
 
 SCALE = float(os.environ.get("ODIBI_TEST_SCALE", "0.1"))
@@ -489,8 +489,7 @@ def points(aggregates: Aggregates) -> dict[str, list[tuple[dict[str, Any], float
 
 def test_executions_by_hand_reach_the_instruments(odibi_capture: Capture) -> None:
     """Of the pipeline they are recorded in; managers need no wiring, and their end takes nothing back."""
-    aggregates = HandAggregates()
-    connect(odibi_capture.telemetry.runtime, aggregates)
+    aggregates = odibi_capture.telemetry.aggregates
     MetricsManager().record_node_execution("read", 100.0, True, rows=50, cached=True)
     metrics = MetricsManager()
     with oo.pipeline("nightly"):
@@ -519,8 +518,7 @@ def test_executions_by_hand_reach_the_instruments(odibi_capture: Capture) -> Non
 
 def test_values_by_hand_reach_the_instrument_of_their_type(odibi_capture: Capture) -> None:
     """In its unit; types that no instrument takes stay with the manager."""
-    aggregates = HandAggregates()
-    connect(odibi_capture.telemetry.runtime, aggregates)
+    aggregates = odibi_capture.telemetry.aggregates
     metrics = MetricsManager()
     metrics.record(MetricType.NODE_DURATION, "n", 500.0, {"engine": "spark"})
     metrics.increment(MetricType.CACHE_HIT, "n", 5)
@@ -544,7 +542,8 @@ def test_executions_by_hand_reach_a_hosts_meter(odibi_capture: Capture) -> None:
     """The same instruments, with the same attributes."""
     reader = InMemoryMetricReader()
     meter = MeterProvider([reader], shutdown_on_exit=False).get_meter("test")
-    connect(odibi_capture.telemetry.runtime, HandInstruments(meter, Aggregates()))
+    for kind, listener in ApiInstruments(meter, Aggregates()).listeners().items():
+        odibi_capture.telemetry.subscribe(kind, listener)
     metrics = MetricsManager()
     with oo.pipeline("nightly"):
         metrics.record_node_execution("read", 100.0, True, rows=50)
@@ -575,20 +574,18 @@ def test_executions_by_hand_reach_a_hosts_meter(odibi_capture: Capture) -> None:
 
 def test_decorated_nodes_reach_the_instruments_once(odibi_capture: Capture, metrics: MetricsManager) -> None:
     """What a manager hears of them is not handed on."""
-    aggregates = HandAggregates()
-    connect(odibi_capture.telemetry.runtime, aggregates)
     listen(odibi_capture, metrics)
     with oo.node("read"):
         pass
     assert metrics.get_node_stats("read")["executions"] == 1
-    assert names.NODE_DURATION.name not in points(aggregates)
+    assert odibi_capture.telemetry.metrics.get_node_stats("read")["executions"] == 1
+    ((_, count),) = points(odibi_capture.telemetry.aggregates)[names.NODE_DURATION.name]
+    assert count == 1
 
 
 def test_a_listener_that_raises_stays_within_telemetry(odibi_capture: Capture, metrics: MetricsManager) -> None:
     """It is counted, and the manager goes on."""
-    broken = HandAggregates()
-    broken.executed = Rude().__float__  # type: ignore[assignment,method-assign]
-    connect(odibi_capture.telemetry.runtime, broken)
+    odibi_capture.telemetry.subscribe(Execution, lambda fact: float(Rude()))  # type: ignore[arg-type]
     metrics.record_node_execution("n", 1.0, True)
     assert metrics.get_node_stats("n")["executions"] == 1
     assert odibi_capture.metric(names.TELEMETRY_DROPPED.name, signal="internal") == 1

@@ -6,6 +6,7 @@ import gc
 import os
 import threading
 import tracemalloc
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import psutil
@@ -20,7 +21,8 @@ import otel_odibi as oo
 from otel_odibi import metrics, names
 from otel_odibi.exporters.points import Producer
 from otel_odibi.facts import CacheLookup, Edge, NodeFinished, NodeRetried, NodeStarted, RunFinished, RunStarted
-from otel_odibi.metrics import Aggregates, ApiInstruments, RssReader
+from otel_odibi.instruments import ApiInstruments
+from otel_odibi.metrics import Aggregates, RssReader
 from otel_odibi.names import DURATION_BOUNDS, INSTRUMENTS
 from otel_odibi.testing import FakeClock, capture
 
@@ -291,6 +293,7 @@ def test_a_telemetry_does_not_grow_with_executions():
 
     with capture(span_queue=1) as captured, oo.pipeline("p"):
         captured.telemetry.log_writer._outputs = ()
+        captured.telemetry.metrics._recent = deque(maxlen=100)  # full after the warm-up
 
         def execute(times):
             for _ in range(times):
@@ -302,11 +305,13 @@ def test_a_telemetry_does_not_grow_with_executions():
         try:
             execute(500)
             captured.telemetry.flush()
+            captured.telemetry.metrics.settle()
             captured._exporter.clear()
             gc.collect()
             before = tracemalloc.get_traced_memory()[0]
             execute(2_000)
             captured.telemetry.flush()
+            captured.telemetry.metrics.settle()
             captured._exporter.clear()
             gc.collect()
             grown = tracemalloc.get_traced_memory()[0] - before

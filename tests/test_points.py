@@ -97,7 +97,7 @@ def shape(metric):
     data, points = metric.data, {}
     for p in metric.data.data_points:
         if hasattr(p, "bucket_counts"):
-            value = p.count, pytest.approx(p.sum), tuple(p.bucket_counts), tuple(p.explicit_bounds)
+            value = p.count, pytest.approx(p.sum, abs=1e-9), tuple(p.bucket_counts), tuple(p.explicit_bounds)
         else:
             value = p.value
         points[tuple(sorted(p.attributes.items()))] = value

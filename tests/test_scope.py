@@ -709,6 +709,8 @@ def test_a_listener_that_raises(odibi_capture: Capture, kind: type[facts.Fact]) 
         for _ in range(2):
             with n.attempt():
                 pass
+    oo.MetricsManager().record_node_execution("by hand", 1.0, True)
+    oo.MetricsManager().increment(oo.MetricType.RETRY_COUNT, "by hand")
     assert {type(fact) for fact in heard} == {kind}
     assert odibi_capture.metric("odibi.telemetry.dropped", reason="listener") == len(heard) > 0
 
