@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     from otel_odibi.hooks import EventBus
     from otel_odibi.logs import get_logger
     from otel_odibi.manager import MetricsManager, MetricType
+    from otel_odibi.process import configure
     from otel_odibi.settings import Settings
     from otel_odibi.structured import LogLevel, StructuredLogger
-    from otel_odibi.telemetry import Telemetry, configure
+    from otel_odibi.telemetry import Telemetry
 
 __version__ = "0.1.0"
 
@@ -75,7 +76,7 @@ _LAZY = {
     "Settings": "settings",
     "StructuredLogger": "structured",
     "Telemetry": "telemetry",
-    "configure": "telemetry",
+    "configure": "process",
     "get_logger": "logs",
 }
 
@@ -95,7 +96,7 @@ def __dir__() -> list[str]:
 
 
 def _host_runtime() -> _runtime.Runtime | None:
-    from otel_odibi.telemetry import host_runtime
+    from otel_odibi.process import host_runtime
 
     return host_runtime()
 

@@ -38,6 +38,8 @@ Condition = Callable[[Event], "bool | str | None"]
 LOCK_SECONDS: Final = 1.0
 """Longest wait for another process that looks at the same alert."""
 _FIRST_PAUSE: Final = 0.5
+# A source of its own: a program that has seeded `random` counts on the numbers to come.
+_jitter: Final = random.Random().uniform  # noqa: S311
 _TOLD: Final = ("node_name", "run_id", "trace_id", "failed_nodes", "failed_count", "error_type", "error", "duration_ms")
 
 
@@ -308,7 +310,7 @@ class Alert:
     def _sent(self, channel: Webhook | Email, notice: dict[str, Any]) -> bool:
         """Try until it has arrived, it makes no sense to go on, or the time is over."""
         until = time.monotonic() + self._limit
-        for pause in (*(_FIRST_PAUSE * 2**n * random.uniform(0.5, 1.5) for n in range(self._retries)), None):  # noqa: S311
+        for pause in (*(_FIRST_PAUSE * 2**n * _jitter(0.5, 1.5) for n in range(self._retries)), None):
             try:
                 channel.send(notice, max(0.001, min(self._timeout, until - time.monotonic())))
                 return True

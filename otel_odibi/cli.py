@@ -8,12 +8,16 @@ import contextlib
 import functools
 import importlib.machinery
 import io
+import itertools
+import json
 import os
 import pkgutil
 import runpy
 import shlex
 import shutil
+import signal
 import sys
+import time
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from otel_odibi.store import Store
+    from otel_odibi.telemetry import Telemetry
 
 FAILED: Final = 1
 """Exit code where a run failed."""
@@ -50,13 +55,15 @@ def cli() -> None:
     Examples:
       otel-odibi demo                        a real pipeline, and all it leaves behind
       otel-odibi demo --fail join_weather    the same, failing
+      otel-odibi demo --continuous           run after run, to fill dashboards
       otel-odibi run etl.py --day 2026-01-31
       otel-odibi run -m etl.daily
+      otel-odibi doctor                      is everything set up, and does the collector answer?
 
     \b
     Exit codes:
       0  all went well
-      1  the run failed
+      1  the run failed, or a check did
       2  wrong usage: an option, a setting, a directory, or something not installed
     """
 
@@ -97,24 +104,37 @@ def _command() -> str:
 @click.argument("directory", default="telemetry", type=click.Path(file_okay=False, path_type=Path), metavar="[DIR]")
 @click.option("--fail", metavar="NODE", default="", help="Let this node fail.")
 @click.option("--fast", is_flag=True, help=f"Read only the first {FAST_ROWS:,} rows of each table.")
+@click.option("--continuous", is_flag=True, help="Keep runs coming until Ctrl-C, some slow, some failing.")
+@click.option(
+    "--interval", type=click.FloatRange(0), metavar="S", help="Seconds between continuous runs, 5 by default."
+)
+@click.option("--runs", type=click.IntRange(1), metavar="N", help="Stop after so many continuous runs.")
 @click.option("--svg", type=click.Path(dir_okay=False, path_type=Path), hidden=True, help="Save the waterfall here.")
-def demo(directory: Path, fail: str, fast: bool, svg: Path | None) -> int:
+def demo(
+    directory: Path, fail: str, fast: bool, continuous: bool, interval: float | None, runs: int | None, svg: Path | None
+) -> int:
     """Run a real pipeline over 336,776 flights, and show its trace, metrics and logs.
 
-    Telemetry and results go to DIR, by default "telemetry". Run it again to see the cache hit.
+    Telemetry and results go to DIR, by default "telemetry". Run it again to see the cache hit. With --continuous
+    fast runs keep coming, a line each; OTEL_EXPORTER_OTLP_ENDPOINT and OTEL_ODIBI_PROMETHEUS_PORT send them on.
 
     \b
     Examples:
       otel-odibi demo
       otel-odibi demo --fail join_weather
       otel-odibi demo --fast /tmp/telemetry
+      OTEL_ODIBI_PROMETHEUS_PORT=9464 otel-odibi demo --continuous --interval 2
     """
     from rich.console import Console
 
     from otel_odibi import store
     from otel_odibi.report.terminal import Waterfall
 
+    if (fail or svg) if continuous else (runs or interval is not None):
+        raise click.UsageError("--interval and --runs go with --continuous, --fail and --svg without")
     pipeline = _demo_pipeline(fail)
+    if continuous:
+        return _continuous(pipeline, directory, 5.0 if interval is None else interval, runs)
     console = Console(highlight=False)
     if console.options.ascii_only and isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # names and messages may hold what this terminal cannot show
@@ -145,16 +165,44 @@ def _demo_pipeline(fail: str) -> types.ModuleType:
     return pipeline
 
 
-def _watched(work: Callable[[], None], directory: Path, console: Console) -> tuple[str, bool]:
-    """Do the work with every kind of telemetry on, and show progress; return the run's id, and whether it succeeded."""
-    from otel_odibi.report.progress import Progress
+def _demo_telemetry(directory: Path) -> Telemetry:
+    """Turn on every kind of telemetry there is without a server; the environment may add to that."""
+    from otel_odibi.process import configure
     from otel_odibi.settings import METRIC_FORMATS, SPAN_FORMATS
-    from otel_odibi.telemetry import configure
 
-    telemetry = configure(
+    return configure(
         service_name="flights", directory=directory, enabled=True, logs=True,
         span_formats=SPAN_FORMATS, metric_formats=METRIC_FORMATS,
     )  # fmt: skip
+
+
+def _continuous(pipeline: types.ModuleType, directory: Path, interval: float, runs: int | None) -> int:
+    """Run the pipeline again and again, and print a line a run, until that many are done, or Ctrl-C or SIGTERM."""
+    from otel_odibi.facts import RunFinished
+    from otel_odibi.report.texts import duration
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service manager's way to say Ctrl-C
+    finished: list[RunFinished] = []
+    with _demo_telemetry(directory) as telemetry, contextlib.suppress(KeyboardInterrupt):
+        telemetry.subscribe(RunFinished, finished.append)
+        for number in itertools.count(1):
+            with contextlib.suppress(pipeline.DataError):
+                pipeline.run_number(number, directory, FAST_ROWS)
+            fact = finished.pop()
+            why = fact.failure.message if fact.failure else ""
+            trace = f"trace {fact.start.trace_id:032x}"
+            click.echo(f"{number:>5}  {fact.outcome:<7}  {duration(fact.duration_ns):>7}  {trace}  {why}".rstrip())
+            if number == runs:
+                break
+            time.sleep(interval)
+    return 0
+
+
+def _watched(work: Callable[[], None], directory: Path, console: Console) -> tuple[str, bool]:
+    """Do the work with every kind of telemetry on, and show progress; return the run's id, and whether it succeeded."""
+    from otel_odibi.report.progress import Progress
+
+    telemetry = _demo_telemetry(directory)
     progress = Progress(console, telemetry)
     try:
         with telemetry, progress:
@@ -195,6 +243,53 @@ duckdb -c {shlex.quote(slowest)}
 {_command()} demo --fail join_weather {shlex.quote(here)}"""
 
 
+# --- doctor ----------------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("directory", required=False, type=click.Path(path_type=Path), metavar="[DIR]")
+@click.option("--prometheus", metavar="URL", help="Ask this Prometheus whether it has metrics of the service.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON array.")
+def doctor(directory: Path | None, prometheus: str | None, as_json: bool) -> int:
+    """Check that telemetry can go where the settings say: directory, port, collector, versions.
+
+    DIR is the telemetry directory, by default the one that is set, else "telemetry". Each check is one line: ok, warn
+    or fail, what was found, and the remedy. A collector gets a test span; nothing else is left behind. A check
+    takes at most 2 seconds. The exit code is 1 where a check fails.
+
+    \b
+    Examples:
+      otel-odibi doctor
+      OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4317 otel-odibi doctor
+      otel-odibi doctor --prometheus http://localhost:9090
+      otel-odibi doctor --json | jq '.[] | select(.status != "ok")'
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from otel_odibi.doctor import examine
+    from otel_odibi.report.texts import safe
+
+    console = Console(highlight=False)
+    findings = []
+    with console.status("checking") if console.is_terminal and not as_json else contextlib.nullcontext():
+        for finding in examine(directory, prometheus):
+            findings.append(finding)
+            if not (as_json or console.is_terminal):
+                remedy = f" -> {finding.remedy}" if finding.remedy else ""
+                click.echo(safe(f"{finding.status:<4}  {finding.check:<15}  {finding.found}{remedy}"))
+    if as_json:
+        click.echo(json.dumps([finding._asdict() for finding in findings], indent=2))
+    elif console.is_terminal:
+        table = Table("", "check", "found", "remedy", box=None, pad_edge=False)
+        for finding in findings:
+            style = {"ok": "green", "warn": "yellow", "fail": "bold red"}[finding.status]
+            table.add_row(Text(finding.status, style), *(Text(safe(text)) for text in (finding.check, *finding[2:])))
+        console.print(table)
+    return FAILED if any(finding.status == "fail" for finding in findings) else 0
+
+
 # --- run -------------------------------------------------------------------------------------------------------------
 
 
@@ -215,8 +310,9 @@ def run(target: str, args: tuple[str, ...], as_module: bool) -> Callable[[], Non
       otel-odibi run -m etl.daily
       OTEL_ODIBI_DIRECTORY=/var/telemetry otel-odibi run etl.py
     """
+    from otel_odibi.process import configure
     from otel_odibi.settings import Settings
-    from otel_odibi.telemetry import configure, wants_otlp
+    from otel_odibi.telemetry import wants_otlp
 
     settings = Settings.load()
     placed = settings.directory or settings.parquet_uri or settings.prometheus_port is not None

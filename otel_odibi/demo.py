@@ -7,6 +7,8 @@ telemetry goes: that is for `oo.configure()`, which `otel-odibi demo` calls.
 from __future__ import annotations
 
 import importlib.util
+import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -40,9 +42,14 @@ NODES: Final = {
 }
 """Every node and its layer, in the order of the run: what `--fail` can name, and what is skipped after a failure."""
 
+SLOW: Final = ("join_weather", "read_flights", "recent_weather", "delays_by_hour")
+"""The nodes that are slow in turn when runs keep coming."""
+
 log = oo.get_logger()
 fails: ContextVar[str] = ContextVar("fails", default="")
 """The node that `--fail` names. `oo.carry` takes it along into the threads, as it does every context variable."""
+slows: ContextVar[str] = ContextVar("slows", default="")
+"""The node that is slow, in some runs of `--continuous`."""
 
 
 class DataError(Exception):
@@ -66,6 +73,17 @@ def run(folder: Path, *, rows: int | None = None, fail: str = "") -> None:
         reports = [delays_by_carrier(flights, airlines), delays_by_hour(flights), delays_by_airport(flights, airports)]
         publish(reports, folder / "published")
         check_published(folder / "published")
+
+
+def run_number(number: int, folder: Path, rows: int) -> None:
+    """Run the pipeline as one of many: of four the third has a slow node, the fourth fails, and of five one is cold.
+
+    It is the same for the same number. Raises what a failing node raised.
+    """
+    if number % 5 == 1:
+        shutil.rmtree(folder / ".demo-cache", ignore_errors=True)
+    slows.set(SLOW[number // 4 % len(SLOW)] if number % 4 == 3 else "")
+    run(folder, rows=rows, fail=[*NODES][number // 4 * 5 % len(NODES)] if number % 4 == 0 else "")
 
 
 # --- the nodes -------------------------------------------------------------------------------------------------------
@@ -165,8 +183,10 @@ def check_published(folder: Path) -> Table:
 
 
 def checked(table: Table) -> Table:
-    """Return the table; raise where it is empty, and in the node that is to fail."""
+    """Return the table; raise where it is empty, and in the node that is to fail; take longer in the slow one."""
     node = oo.current_node().name
+    if node == slows.get():
+        time.sleep(1)
     if table.empty:
         raise DataError(f"{node} gave no rows")
     if node == fails.get():

@@ -10,7 +10,7 @@ import os
 import pkgutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,17 +38,11 @@ class EventBus(Bus):
         max_workers: int = 4,
         execution_timeout: float = 30.0,
         *,
-        queue_limit: int = 1_000,
-        on_error: Callable[[str, BaseException], None] | None = None,
-        on_drop: Callable[[str, int], None] | None = None,
-        on_first_hook: Callable[[], None] | None = None,
         state_dir: str | os.PathLike[str] | None = None,
         cleaner: Cleaner = DEFAULT,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            max_workers, execution_timeout,
-            queue_limit=queue_limit, on_error=on_error, on_drop=on_drop, on_first_hook=on_first_hook,
-        )  # fmt: skip
+        super().__init__(max_workers, execution_timeout, **options)
         self._state_dir, self._cleaner = state_dir, cleaner
 
     def create_summary_hook(self) -> Callback:

@@ -424,7 +424,7 @@ class RssReader:
     def __call__(self) -> int | None:
         try:
             if self._file >= 0:
-                return int(os.pread(self._file, 64, 0).split()[1]) * self._page
+                return int(os.pread(self._file, 64, 0).split(None, 2)[1]) * self._page
             return int(self._process.memory_info().rss)
         except Exception:  # noqa: BLE001 - psutil has errors of its own
             return None

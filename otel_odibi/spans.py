@@ -8,6 +8,7 @@ tracer makes the span.
 
 from __future__ import annotations
 
+import random
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -18,11 +19,13 @@ from opentelemetry import trace as api
 from opentelemetry.attributes import BoundedAttributes
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace import Event, ReadableSpan, Tracer
+from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import DEFAULT_ON
 from opentelemetry.sdk.util import BoundedList
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
 from otel_odibi.clean import DEFAULT, clean_name
+from otel_odibi.forks import after_fork
 
 _SAMPLED: Final = TraceFlags(TraceFlags.SAMPLED)
 _SAMPLED_RANDOM: Final = TraceFlags(TraceFlags.SAMPLED | TraceFlags.RANDOM_TRACE_ID)
@@ -200,6 +203,29 @@ def _bounded(attributes: Mapping[str, Any] | None, limit: int | None) -> Bounded
         return _NO_ATTRIBUTES
     clean = {key: value if type(value) in _PLAIN else _clean_value(key, value) for key, value in attributes.items()}
     return BoundedAttributes(limit, clean)
+
+
+class RandomIds(RandomIdGenerator):
+    """Random ids from a source of their own. Thread-safe; a forked child starts another.
+
+    A program that seeds `random` to repeat itself shall not repeat the ids of its last run, nor shall telemetry take
+    numbers from the sequence that it counts on: the SDK's generator does both.
+    """
+
+    def __init__(self) -> None:
+        self._reset()
+        after_fork(self._reset)
+
+    def _reset(self) -> None:
+        self._bits = random.Random().getrandbits  # noqa: S311 - seeded by the operating system; ids are no secrets
+
+    def generate_span_id(self) -> int:
+        """Return 64 random bits, not all zero."""
+        return self._bits(64) or self.generate_span_id()
+
+    def generate_trace_id(self) -> int:
+        """Return 128 random bits, not all zero."""
+        return self._bits(128) or self.generate_trace_id()
 
 
 class LeanTracer(api.Tracer):

@@ -222,13 +222,13 @@ def test_a_wrong_setting_is_wrong_usage(tmp_path: Path) -> None:
 # --- help and errors -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("args", [[], ["demo"], ["run"]])
+@pytest.mark.parametrize("args", [[], ["demo"], ["run"], ["doctor"]])
 def test_help_has_examples(tmp_path: Path, args: list[str]) -> None:
     """Each command's help shows how it is used."""
     done = otel_odibi(*args, "--help", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "Examples:" in done.stdout
-    assert "otel-odibi run" in done.stdout or "otel-odibi demo" in done.stdout
+    assert all(f"  otel-odibi {name}" in done.stdout for name in args or ["demo", "run", "doctor"])
 
 
 def test_help_tells_the_exit_codes(tmp_path: Path) -> None:
@@ -257,7 +257,9 @@ def test_hints_can_be_typed_as_they_are_printed(tmp_path: Path, way: str) -> Non
     assert execute(["/bin/sh", "-c", f"{typed} --version"], tmp_path, **variables).returncode == 0
 
 
-@pytest.mark.parametrize("args", [["nonsense"], ["run"], ["demo", "--nonsense"], ["demo", "a", "b"]])
+@pytest.mark.parametrize(
+    "args", [["nonsense"], ["run"], ["demo", "--nonsense"], ["demo", "a", "b"], ["doctor", "a", "b"]]
+)
 def test_wrong_usage_exits_with_2(tmp_path: Path, args: list[str]) -> None:
     """With one error and a hint at the help, and nothing done."""
     done = otel_odibi(*args, cwd=tmp_path)

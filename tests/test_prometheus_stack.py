@@ -53,7 +53,9 @@ def test_promtool_has_no_complaint_about_any_instrument():
         )
         for i in names.INSTRUMENTS
     ]
-    found = families(data(*metrics, scope=names.SCOPE, resource={"service.name": "s"}))
+    found = families(
+        data(*metrics, scope=names.SCOPE, resource={"service.name": "s", "deployment.environment.name": "test"})
+    )
     assert len(found) == len(names.INSTRUMENTS) + 1
     assert promtool(expose(found)) == (0, "")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -31,9 +33,10 @@ from opentelemetry.trace import (
     TraceState,
 )
 
+import otel_odibi as oo
 from otel_odibi.clean import DEFAULT
 from otel_odibi.delivery import clean_span
-from otel_odibi.spans import LeanSpan, LeanTracer
+from otel_odibi.spans import LeanSpan, LeanTracer, RandomIds
 from otel_odibi.testing import START, IncrementalIds
 
 Act = Callable[[trace.Span], object]
@@ -532,3 +535,40 @@ def test_a_resource_that_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     side.provider._update_resource(Resource({"process.pid": 1}))
     side.tracer.start_span("n").end()
     assert side.exporter.get_finished_spans()[0].resource.attributes["process.pid"] == 1
+
+
+# --- ids -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_program_that_seeds_random_neither_repeats_ids_nor_sees_its_sequence_changed():
+    """As data science does, to have the same numbers in every run."""
+    ids, drawn = [], []
+    for _ in range(2):
+        random.seed(42)
+        with oo.configure(set_global=False), oo.pipeline("p") as run, oo.node("n") as node:
+            ids += [run.trace_id, node.span.get_span_context().span_id]
+            drawn.append(random.random())
+    random.seed(42)
+    assert drawn == [random.random()] * 2
+    assert len(set(ids)) == 4
+
+
+def test_a_forked_child_has_ids_of_its_own():
+    """Not those that its parent is about to use."""
+    ids = RandomIds()
+    read, write = os.pipe()
+    if os.fork() == 0:
+        os.write(write, str(ids.generate_trace_id()).encode())
+        os._exit(0)
+    os.wait()
+    assert int(os.read(read, 100)) != ids.generate_trace_id() > 0
+    os.close(read)
+    os.close(write)
+
+
+def test_an_id_is_never_zero(monkeypatch):
+    """Zero means that there is none."""
+    ids = RandomIds()
+    drawn = iter((0, 7, 0, 9))
+    monkeypatch.setattr(ids, "_bits", lambda bits: next(drawn))
+    assert (ids.generate_span_id(), ids.generate_trace_id()) == (7, 9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -33,8 +34,9 @@ from otel_odibi.errors import SettingError
 from otel_odibi.exporters.jsonl import files, read_lines
 from otel_odibi.facts import NodeFinished
 from otel_odibi.settings import Settings
-from otel_odibi.telemetry import Telemetry, Troubles
+from otel_odibi.telemetry import Telemetry
 from otel_odibi.testing import capture
+from otel_odibi.troubles import Troubles
 
 BOUND = 60.0
 """Seconds that no test needs; a wait of this length means a hang."""
@@ -590,6 +592,43 @@ def test_what_was_recorded_is_written_when_the_process_ends(tmp_path, end):
     )
     assert (tmp_path / "otlp" / "odibi.traces.jsonl").read_text().count('"node read"') >= 1
     assert "odibi_pipeline_duration_seconds" in (tmp_path / "prometheus" / "odibi.prom").read_text()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the platform has no SIGTERM")
+@pytest.mark.parametrize("within", ["time.sleep(60)", "threading.Event().wait(60)", "while True: pass"])
+def test_what_was_recorded_is_written_when_the_process_is_terminated(tmp_path, within):
+    """By SIGTERM, with which it ends all the same."""
+    code = f"""if True:
+    import os, signal, threading, time
+    import otel_odibi as oo
+    with oo.pipeline("daily"):
+        oo.configure(directory={str(tmp_path)!r}, span_formats="json", metric_formats="textfile")
+        with oo.node("read"): pass
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        {within}
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=BOUND)
+    assert done.returncode == -signal.SIGTERM, done.stderr
+    assert done.stderr == ""
+    assert (tmp_path / "otlp" / "odibi.traces.jsonl").read_text().count('"node read"') == 1
+    assert "odibi_node_duration_seconds" in (tmp_path / "prometheus" / "odibi.prom").read_text()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the platform has no SIGTERM")
+def test_a_program_keeps_its_own_way_to_be_terminated():
+    """A handler that is there is left alone."""
+    assert (
+        program(
+            PREPARED
+            + """
+    import os, signal
+    signal.signal(signal.SIGTERM, lambda number, frame: print("my own way"))
+    oo.configure(**quiet)
+    os.kill(os.getpid(), signal.SIGTERM)
+    """
+        ).strip()
+        == "my own way"
+    )
 
 
 def test_a_process_ends_though_an_exporter_hangs():

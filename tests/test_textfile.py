@@ -109,6 +109,26 @@ def test_the_file_is_what_node_exporter_wants(directory):
     assert sorted(others) == [".flights.lock", ".flights.state.json"]
 
 
+def test_a_series_tells_its_environment_too(directory):
+    """Where the resource has one; of the same service in another it is a series of its own, after a lost state too."""
+    for environment in ("prod", "test", "prod"):
+        about = {"service.name": "other", "deployment.environment.name": environment}
+        exporter = directory.exporter()
+        exporter.export(data(counter("c", number(2)), resource=about))
+        exporter.shutdown()
+        directory.state.unlink()
+    assert directory.file.read_text().splitlines()[2:] == [
+        'c_total{environment="prod",service="flights"} 4.0',
+        'c_total{environment="test",service="flights"} 2.0',
+    ]
+
+
+def test_an_attribute_named_service_wins(directory):
+    """As on the endpoint."""
+    directory.exporter().export(data(gauge("g", number(1, {"service": "own"}))))
+    assert directory.file.read_text().splitlines()[-1] == 'g{service="own"} 1.0'
+
+
 def test_two_services_have_no_series_in_common(directory):
     """node_exporter puts the files of a directory together, and fails where a series comes twice."""
     for service in ("a", "b/c"):

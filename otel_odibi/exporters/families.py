@@ -120,11 +120,11 @@ class Family:
                 series = (greater if self.name.endswith("_timestamp_seconds") else gauges)((known, series))
         self.series[labels] = series
 
-    def metric(self, extra: Labels = ()) -> Metric:
-        """Return what prometheus_client's writers take, `extra` labels added to each series; series in sorted order."""
+    def metric(self) -> Metric:
+        """Return what prometheus_client's writers take; series in sorted order."""
         metric = Metric(self.name, self.help, self.type, self.unit if self.name.endswith(f"_{self.unit}") else "")
         for labels in sorted(self.series):
-            metric.samples += self._samples({**dict(extra), **dict(labels)}, self.series[labels])
+            metric.samples += self._samples(dict(labels), self.series[labels])
         return metric
 
     def _samples(self, labels: dict[str, str], series: Series) -> Iterator[Sample]:

@@ -62,7 +62,7 @@ class PrometheusReader(MetricReader):
         self._write = make_wsgi_app(Source(self._families))
         self._server: _Server | None = _listen(host, port)
         self._server.set_app(self._app)
-        self.url = f"http://{_reachable(self._server.server_name)}:{self._server.server_port}{PATH}"
+        self.url = f"http://{reachable(self._server.server_name)}:{self._server.server_port}{PATH}"
         serve = partial(self._server.serve_forever, 0.1)  # polls often, as shutdown waits for the next poll
         self._thread = threading.Thread(target=serve, name="otel_odibi-prometheus", daemon=True)
         self._thread.start()
@@ -165,7 +165,7 @@ def _listen(host: str | None, port: int | None) -> _Server:
         raise SettingError(name, value, "not a port", "give a number from 0 to 65535; 0 takes a free one") from None
 
 
-def _reachable(host: str) -> str:
+def reachable(host: str) -> str:
     """Return the host to put into a URL: an address that stands for all is no address to call."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
     return f"[{host}]" if ":" in host else host

@@ -8,8 +8,8 @@ Batch processes start their counters at 0, so the file goes on from what it held
 
 An export adds what was counted since the last one, so a killed process loses no more than that. Gauges and up-down
 counters are kept by process and go when it does: of an up-down counter 0 stays then, of a gauge its last value.
-To start from 0, delete both files. Every series gets the label `service`: node_exporter puts all files of a directory
-together, and fails the scrape where two of them have a series in common.
+To start from 0, delete both files. Every series has the label `service`, which it needs here: node_exporter puts all
+files of a directory together, and fails the scrape where two of them have a series in common.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from otel_odibi.clean import plain_text
 from otel_odibi.errors import SettingError
 from otel_odibi.exporters.families import Buckets, Families, Family, Kind, Labels, Losses, Series, expose
 from otel_odibi.exporters.segments import NO_LOCKS, acquire, release, safe_name
-from otel_odibi.exporters.textstate import SERVICE, Part, load
+from otel_odibi.exporters.textstate import Part, load
 from otel_odibi.exporters.translate import translate
 from otel_odibi.forks import after_fork
 
@@ -97,14 +97,13 @@ class TextfileMetricExporter(MetricExporter):
 
     def _write(self, data: MetricsData, timeout_millis: float) -> bool:
         try:
-            given = translate(data, self._lose)
+            self._service = service = plain_text(self._service or _service_of(data))
+            given = translate(data, service, lose=self._lose)
             self._remember({_key(f, labels): series for f in given.values() for labels, series in f.series.items()})
-            self._service = self._service or _service_of(data)
-            service = plain_text(self._service)
             self._directory.mkdir(mode=0o755, parents=True, exist_ok=True)
             lock = self._directory / f".{safe_name(service)}.lock"
             with _locked(lock, min(timeout_millis / 1000, LOCK_SECONDS)):
-                self._add(given, service)
+                self._add(given, safe_name(service))
         except Exception as exc:  # noqa: BLE001 - a full disk, a directory taken away: the next export tries again
             self._lose.warn("write_failed", f"{type(exc).__name__}: {exc}"[:500])
             self._lose.count("write_failed", 1)
@@ -116,11 +115,10 @@ class TextfileMetricExporter(MetricExporter):
         silent = [(key, series) for key, series in self._given.items() if key not in given]
         self._given = {**dict(silent[-self._limit :]), **given}
 
-    def _add(self, given: Families, service: str) -> None:
+    def _add(self, given: Families, stem: str) -> None:
         """Add what was given to both files; nothing given is nothing under way. Raises OSError."""
-        stem = safe_name(service)
         file, state_file = self._directory / f"{stem}.prom", self._directory / f".{stem}.state.json"
-        state = load(state_file, file, service, self._lose)
+        state = load(state_file, file, self._lose)
         fresh = [_since(family, self._counted) for family in given.values() if family.kind not in _KEPT_BY_PROCESS]
         own = {n: _since(family, self._inherited) for n, family in given.items() if family.kind in _KEPT_BY_PROCESS}
         state.update(fresh, self._part, self._limit, self._lose)
@@ -129,7 +127,7 @@ class TextfileMetricExporter(MetricExporter):
         _replace(state_file, state.to_json())
         self._counted = self._given  # now, as a failure below must not make the next export add it again
         shown = state.shown(self._limit, self._lose)
-        _replace(file, expose([family.metric(((SERVICE, service),)) for _, family in sorted(shown.items())]))
+        _replace(file, expose([family.metric() for _, family in sorted(shown.items())]))
 
 
 def _directory(target: str | os.PathLike[str] | None) -> Path:

@@ -28,8 +28,6 @@ from otel_odibi.exporters.families import FIRST, Buckets, Families, Family, Kind
 
 STALE_SECONDS: Final = 300
 """Age at which the part of a process on another machine or in another container, which cannot be looked at, is over."""
-SERVICE: Final = "service"
-"""Label that every series of a `.prom` file gets."""
 
 _UPDOWN: Final = {i.prometheus for i in names.INSTRUMENTS if i.kind == "updowncounter"}
 
@@ -152,7 +150,7 @@ def _buckets(bounds: Any, counts: Any, total: Any) -> Buckets:
     return value
 
 
-def load(state_file: Path, file: Path, service: str, lose: Lose) -> State:
+def load(state_file: Path, file: Path, lose: Lose) -> State:
     """Return the state; where it is missing or damaged, what can be read of the `.prom` file is the base of a new one.
 
     Raises OSError where there is something that cannot be read: better no new file than one that forgets.
@@ -164,18 +162,18 @@ def load(state_file: Path, file: Path, service: str, lose: Lose) -> State:
         except Exception:  # noqa: BLE001 - something else may be at any place
             lose("state_damaged", state_file.name, 1)
     with suppress(FileNotFoundError):
-        return State(_read(file, service, lose))
+        return State(_read(file, lose))
     return State()
 
 
-def _read(file: Path, service: str, lose: Lose) -> Families:
-    """Return the families of a `.prom` file, without the label `service`. Raises OSError."""
+def _read(file: Path, lose: Lose) -> Families:
+    """Return the families of a `.prom` file. Raises OSError."""
     text = file.read_bytes().decode(errors="replace")
     with suppress(Exception):  # the parser lets more escape than ValueError
-        return _parsed(text, service)
+        return _parsed(text)
     lose("prom_file_damaged", file.name, 1)
     with suppress(Exception):
-        return _parsed("\n".join(filter(_is_sound, text.split("\n"))), service)
+        return _parsed("\n".join(filter(_is_sound, text.split("\n"))))
     return {}
 
 
@@ -185,23 +183,23 @@ def _is_sound(line: str) -> bool:
     return False
 
 
-def _parsed(text: str, service: str) -> Families:
+def _parsed(text: str) -> Families:
     found: Families = {}
     for metric in text_string_to_metric_families(text):
         if metric.type == "histogram":
-            found[metric.name] = _histogram(metric, service)
+            found[metric.name] = _histogram(metric)
         elif metric.type in ("counter", "gauge"):
             kind: Any = "updown" if metric.name in _UPDOWN else metric.type
-            series = {_labels(sample, service): Series(float(sample.value)) for sample in metric.samples}
+            series = {_labels(sample): Series(float(sample.value)) for sample in metric.samples}
             found[metric.name] = Family(metric.name, kind, metric.documentation, "", series)
     return found
 
 
-def _histogram(metric: Metric, service: str) -> Family:
+def _histogram(metric: Metric) -> Family:
     reached: dict[Labels, dict[float, float]] = {}
     sums: dict[Labels, float] = {}
     for sample in metric.samples:
-        labels = _labels(sample, service)
+        labels = _labels(sample)
         if sample.name == f"{metric.name}_sum":
             sums[labels] = float(sample.value)
         with suppress(KeyError, ValueError):
@@ -214,6 +212,5 @@ def _histogram(metric: Metric, service: str) -> Family:
     return family
 
 
-def _labels(sample: Sample, service: str) -> Labels:
-    pairs = ((key, text) for key, text in sample.labels.items() if key != "le" and (key, text) != (SERVICE, service))
-    return tuple(sorted(pairs))
+def _labels(sample: Sample) -> Labels:
+    return tuple(sorted((key, text) for key, text in sample.labels.items() if key != "le"))

@@ -1,7 +1,8 @@
 """OpenTelemetry metrics as Prometheus families: names, labels, kinds and exemplars.
 
 Names and labels follow the OpenTelemetry specification, "Prometheus and OpenMetrics Compatibility", called the spec
-below; this package's own instruments have the names that `otel_odibi.names` gives them, and no scope labels.
+below; this package's own instruments have the names that `otel_odibi.names` gives them, and no scope labels. Every
+series gets the labels of `ABOUT`, so that it can be told apart wherever it ends up, without a join with `target_info`.
 
 Of the official exporter (opentelemetry-exporter-prometheus) only the mapping of names and units is used. Its collector
 leaves exemplars out, fails the whole scrape on an exponential histogram, writes two lines for one series where labels
@@ -32,6 +33,9 @@ EXEMPLAR_LIMIT: Final = 128
 BUCKET_LIMIT: Final = 160
 """Most buckets of an exponential histogram that get bounds of their own; of more, neighbours are put together."""
 
+ABOUT: Final = {"service": names.SERVICE_NAME, "environment": names.DEPLOYMENT_ENVIRONMENT_NAME}
+"""Labels that every series gets, and the attributes of the resource they come from."""
+
 _OWN: Final = {(i.name, i.kind.replace("updowncounter", "updown")): i for i in names.INSTRUMENTS}
 _LOSSES: Final = Losses()
 
@@ -42,7 +46,7 @@ def families(data: sdk.MetricsData, *, lose: Lose = _LOSSES) -> list[Metric]:
     The attributes of the resource come first, as the family `target`. What cannot be shown (delta temporality, a name
     that a metric of another type has) is left out and goes to `lose`: by default, one warning.
     """
-    found = translate(data, lose)
+    found = translate(data, lose=lose)
     metrics = [family.metric() for family in found.values()]
     attributes = next((r.resource.attributes for r in data.resource_metrics if r.resource.attributes), None)
     if not attributes or found.keys() & {"target", "target_info"}:
@@ -52,16 +56,26 @@ def families(data: sdk.MetricsData, *, lose: Lose = _LOSSES) -> list[Metric]:
     return [target, *metrics]
 
 
-def translate(data: sdk.MetricsData, lose: Lose) -> Families:
-    """Return what `data` holds as families, without the resource. Never raises: what cannot be shown goes to `lose`."""
-    return merge(_families(data, lose), LAST, lose)
+def translate(data: sdk.MetricsData, service: str | None = None, *, lose: Lose) -> Families:
+    """Return what `data` holds as families. Never raises: what cannot be shown goes to `lose`.
+
+    Of the resource they have the labels `ABOUT`, where `service` is what is given, unless a metric has such an
+    attribute of its own.
+    """
+    return merge(_families(data, service, lose), LAST, lose)
 
 
-def _families(data: sdk.MetricsData, lose: Lose) -> Iterator[Family]:
-    scopes = chain.from_iterable(resource.scope_metrics for resource in data.resource_metrics)
-    for found, metric in ((scope, metric) for scope in scopes for metric in scope.metrics):
+def _families(data: sdk.MetricsData, service: str | None, lose: Lose) -> Iterator[Family]:
+    for found in data.resource_metrics:
+        known = {**found.resource.attributes, **({names.SERVICE_NAME: service} if service else {})}
+        about = dict(_labels({label: known.get(key, "") for label, key in ABOUT.items()}))
+        yield from chain.from_iterable(_of_scope(scope, about, lose) for scope in found.scope_metrics)
+
+
+def _of_scope(found: sdk.ScopeMetrics, about: Mapping[str, str], lose: Lose) -> Iterator[Family]:
+    for metric in found.metrics:
         try:
-            family = _family(metric, found.scope, lose)
+            family = _family(metric, found.scope, about, lose)
         except Exception:  # noqa: BLE001 - made by hand, it may hold anything; the others must come through
             lose("unreadable", str(metric.name), 1)
             continue
@@ -69,19 +83,20 @@ def _families(data: sdk.MetricsData, lose: Lose) -> Iterator[Family]:
             yield family
 
 
-def _family(metric: sdk.Metric, scope: Any, lose: Lose) -> Family:
+def _family(metric: sdk.Metric, scope: Any, about: Mapping[str, str], lose: Lose) -> Family:
     family, own = _named(metric, _kind(metric.data))
     if getattr(metric.data, "aggregation_temporality", None) is sdk.AggregationTemporality.DELTA:
         lose("delta_temporality", family.name, len(metric.data.data_points))
         return family
-    about = {} if own else {"otel.scope.name": scope.name or "", "otel.scope.version": scope.version or ""}
+    library = {} if own else {"otel.scope.name": scope.name or "", "otel.scope.version": scope.version or ""}
     reserved = "le" if family.type == "histogram" else ""
     for point in metric.data.data_points:
         series = _series(family.kind, point)
         if family.kind == "counter" and not series.value >= 0:  # type: ignore[operator]  # a number; NaN neither
             lose("invalid_value", family.name, 1)
         else:
-            family.add(_labels({**about, **(point.attributes or {})}, reserved), series, LAST)
+            labels = {**about, **dict(_labels({**library, **(point.attributes or {})}, reserved))}
+            family.add(tuple(sorted(labels.items())), series, LAST)
     return family
 
 

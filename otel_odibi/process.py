@@ -1,0 +1,162 @@
+"""What a process has one of: `configure()` and the telemetry it made, OpenTelemetry's global providers, the end."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from opentelemetry import metrics as metrics_api
+from opentelemetry import trace as trace_api
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.trace import TracerProvider
+
+from otel_odibi import names, runtime
+from otel_odibi.errors import SettingError
+from otel_odibi.instruments import ApiInstruments
+from otel_odibi.metrics import Aggregates, rss_reader
+from otel_odibi.runtime import Runtime
+from otel_odibi.settings import Settings, project_alerts
+from otel_odibi.telemetry import Telemetry
+from otel_odibi.troubles import Troubles
+
+_lock = threading.Lock()
+_current: Telemetry | None = None
+_own_tracing: TracerProvider | None = None
+_own_metering: MeterProvider | None = None
+
+
+def configure(
+    *,
+    service_name: str | None = None,
+    directory: str | os.PathLike[str] | None = None,
+    environment: str | None = None,
+    tracer_provider: trace_api.TracerProvider | None = None,
+    meter_provider: metrics_api.MeterProvider | None = None,
+    set_global: bool = True,
+    **settings: Any,
+) -> Telemetry:
+    """Turn telemetry on, and return it. Functions decorated before are live after.
+
+    Takes every setting by name (see `Settings`); one that is not given comes from OTEL_ODIBI_*, OTEL_*, pyproject.toml
+    or its default. With `directory` alone it writes logs, span and metric Parquet and the `.prom` file. Providers that
+    the host application has set globally, or passes here, are used and not replaced; else ours become global unless
+    `set_global` is false. A second call shuts the first telemetry down and takes its place. At exit it is shut down.
+
+    Raises `SettingError`, naming the setting, the value and the remedy, and `MissingExtraError` where OTLP is asked
+    for and not installed. Thread-safe.
+    """
+    global _current
+    given = {"service_name": service_name, "directory": directory, "environment": environment, **settings}
+    loaded = Settings.load(given)
+    alerts = project_alerts() if loaded.enabled else {}
+    _check_directory(loaded.directory if loaded.enabled else None)
+    with _lock:
+        if _current is not None:
+            _current.shutdown()
+        if not loaded.enabled:
+            loaded = dataclasses.replace(loaded, logs=False, span_formats=(), metric_formats=(), prometheus_port=None)
+        telemetry = Telemetry(
+            loaded,
+            tracer_provider=tracer_provider or _host_tracing(),
+            meter_provider=meter_provider or _host_metering(),
+            alerts=alerts,
+        )
+        if set_global and loaded.enabled:
+            _install(telemetry)
+        if loaded.enabled:
+            telemetry.activate()
+        else:
+            runtime.activate(None, disabled=True)
+        atexit.register(telemetry.shutdown)
+        _current = telemetry
+    _end_well_on_sigterm()
+    return telemetry
+
+
+def _end_well_on_sigterm() -> None:
+    """Have SIGTERM shut telemetry down before it ends the process, unless the program has a handler of its own.
+
+    Servers that have one end in their own way, and telemetry with them, at exit.
+    """
+    with contextlib.suppress(ValueError, OSError):  # not the main thread
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, _terminated)
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    """Shut down on another thread, as this one may hold a lock that is needed, and end by the signal all the same."""
+    telemetry = _current
+    if telemetry is not None:
+        with contextlib.suppress(RuntimeError):  # no thread to be had
+            closing = threading.Thread(target=telemetry.shutdown, daemon=True)
+            closing.start()
+            closing.join(telemetry.settings.exit_timeout + 0.5)
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+def _check_directory(directory: Path | None) -> None:
+    if directory is None:
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)  # node_exporter, another user, reads the .prom file in it
+        usable = os.access(directory, os.W_OK | os.X_OK)
+    except OSError as exc:
+        raise SettingError("directory", str(directory), f"cannot be made ({exc.strerror})", "give another") from None
+    if not usable:
+        raise SettingError("directory", str(directory), "not writable", "change its permissions or give another")
+
+
+def _host_tracing() -> trace_api.TracerProvider | None:
+    """Return the tracer provider that a host application has made global, if any."""
+    provider = trace_api.get_tracer_provider()
+    ours = (
+        isinstance(provider, (trace_api.ProxyTracerProvider, trace_api.NoOpTracerProvider)) or provider is _own_tracing
+    )
+    return None if ours else provider
+
+
+def _host_metering() -> metrics_api.MeterProvider | None:
+    provider = metrics_api.get_meter_provider()
+    known = provider is _own_metering or not hasattr(provider, "force_flush")  # neither proxy nor no-op can flush
+    return None if known else provider
+
+
+def _install(telemetry: Telemetry) -> None:
+    """Make the providers global, once a process: OpenTelemetry ignores a second call."""
+    global _own_tracing, _own_metering
+    if _own_tracing is not None:
+        for queue in telemetry.queues:  # other libraries' tracers stay with the first provider: send its spans on
+            telemetry.attach(queue, _own_tracing)
+    elif _host_tracing() is None and isinstance(telemetry.tracer_provider, TracerProvider):
+        _own_tracing = telemetry.tracer_provider
+        trace_api.set_tracer_provider(_own_tracing)
+    if _own_metering is None and _host_metering() is None:
+        _own_metering = telemetry.meter_provider
+        metrics_api.set_meter_provider(_own_metering)
+
+
+_host: tuple[Any, Any, Runtime] | None = None
+
+
+def host_runtime() -> Runtime | None:
+    """Make the runtime for scopes without `configure()` in a host that has set global providers; None without any."""
+    global _host
+    tracing, metering = trace_api.get_tracer_provider(), metrics_api.get_meter_provider()
+    if _host is None or _host[0] is not tracing or _host[1] is not metering:
+        if tracing is _own_tracing and metering is _own_metering:
+            return None  # shut down: ours no longer record
+        aggregates = Aggregates()
+        troubles = Troubles(aggregates.drop)
+        instruments = ApiInstruments(metering.get_meter(names.SCOPE), aggregates)
+        listeners = {fact: [listener] for fact, listener in instruments.listeners().items()}
+        live = Runtime(tracing.get_tracer(names.SCOPE), listeners, on_error=troubles.error, read_rss=rss_reader())
+        _host = (tracing, metering, live)
+    return _host[2]
