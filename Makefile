@@ -4,9 +4,15 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 SCALE ?= 0.1
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/otel-odibi
+BUILDER := v0.159.0
+OTELCOL := $(CACHE)/otelcol-$(BUILDER)-$(word 1,$(shell cksum <collector-config/builder.yaml))
+# Jaeger 2.13: the last release of which the tag fits the module path.
+JAEGER_VERSION := v1.76.0
+JAEGER := $(CACHE)/jaeger-$(JAEGER_VERSION)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-stack test-faults lint types imports bench clean
+.PHONY: help demo otelcol jaeger test test-stack test-faults lint types imports bench clean
 
 help:  ## Show what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -36,10 +42,33 @@ $(VENV)/.bench: $(VENV)/.test benchmarks/requirements.txt
 demo: $(VENV)/.demo  ## Run a real pipeline and see its trace, metrics and logs
 	@$(VENV)/bin/otel-odibi demo
 
+# What is built from Go modules lies outside the tree, once, under a name that says what it was built from.
+$(OTELCOL):
+	@mkdir -p $(CACHE)
+	GOBIN=$(CACHE) go install go.opentelemetry.io/collector/cmd/builder@$(BUILDER) >&2
+	@work=$$(mktemp -d $(CACHE)/build.XXXXXX) && trap 'rm -rf "$$work"' EXIT && \
+		TMPDIR=$$work $(CACHE)/builder --config collector-config/builder.yaml >&2 && mv $$work/*/otelcol-odibi $@
+
+# Built in a copy of its module: what replace directives it has count there alone.
+$(JAEGER):
+	@mkdir -p $(CACHE)
+	@work=$$(mktemp -d $(CACHE)/build.XXXXXX) && trap 'rm -rf "$$work"' EXIT && \
+		source=$$(cd $$work && go mod download -json github.com/jaegertracing/jaeger@$(JAEGER_VERSION) | \
+			sed -n 's/.*"Dir": "\(.*\)".*/\1/p') && \
+		{ test -d "$$source" || { echo "go mod download gave no Jaeger $(JAEGER_VERSION)"; false; } >&2; } && \
+		cp -r "$$source" $$work/jaeger && chmod -R u+w $$work/jaeger && \
+		cd $$work/jaeger && go build -o ../built ./cmd/jaeger >&2 && mv ../built $@
+
+otelcol: $(OTELCOL)  ## Build the collector of collector-config/, once, and print where it is
+	@echo $(OTELCOL)
+
+jaeger: $(JAEGER)  ## Build Jaeger, for the tests, once, and print where it is
+	@echo $(JAEGER)
+
 test: $(VENV)/.test  ## Run the tests
 	$(PY) -m pytest
 
-test-stack: $(VENV)/.stack  ## Run the tests that need more than Python: promtool, an S3 server, Java
+test-stack: $(VENV)/.stack $(OTELCOL) $(JAEGER)  ## Run the tests that need more than Python: Go, Prometheus, Java
 	$(PY) -m pytest -m stack
 
 test-faults: $(VENV)/.test  ## Run the stress and fault tests; SCALE=1 for the full counts
