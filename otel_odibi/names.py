@@ -134,7 +134,7 @@ NODE_ACTIVE: Final = Instrument(
     ("pipeline", "node"), "Executions under way.",
 )  # fmt: skip
 NODE_EDGE: Final = Instrument(
-    "odibi.node.edge", "gauge", "1", "odibi_node_edge",
+    "odibi.node.edge", "gauge", "{edge}", "odibi_node_edge",
     ("pipeline", "source", "target"), "An edge of the DAG, seen at run time; always 1.",
 )  # fmt: skip
 PIPELINE_DURATION: Final = Instrument(
