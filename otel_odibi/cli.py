@@ -58,6 +58,9 @@ def cli() -> None:
       otel-odibi demo --continuous           run after run, to fill dashboards
       otel-odibi run etl.py --day 2026-01-31
       otel-odibi run -m etl.daily
+      otel-odibi active /var/telemetry       what is under way
+      otel-odibi recover /var/telemetry      close the runs of processes that died
+      otel-odibi replay /var/telemetry       send what an endpoint that was away has not got
       otel-odibi doctor                      is everything set up, and does the collector answer?
 
     \b
@@ -288,6 +291,83 @@ def doctor(directory: Path | None, prometheus: str | None, as_json: bool) -> int
             table.add_row(Text(finding.status, style), *(Text(safe(text)) for text in (finding.check, *finding[2:])))
         console.print(table)
     return FAILED if any(finding.status == "fail" for finding in findings) else 0
+
+
+# --- after a crash, or an outage -------------------------------------------------------------------------------------
+
+
+_DIRECTORY: Final = click.argument(
+    "directory", default="telemetry", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="[DIR]"
+)
+
+
+@cli.command()
+@_DIRECTORY
+def recover(directory: Path) -> None:
+    """Close the runs of processes that died, and bring back their spans.
+
+    The next run that writes to DIR does so as well. What still runs is left alone.
+
+    \b
+    Example:
+      otel-odibi recover /var/telemetry
+    """
+    from otel_odibi.recovery import recover as bring_back
+    from otel_odibi.settings import Settings
+    from otel_odibi.spool import keep
+
+    waiting = functools.partial(keep, directory, "recovered.0-00000000")
+    done = bring_back(directory, parquet=Settings.load().parquet_uri, spool=waiting)
+    for line in done.runs:
+        nodes = [node["node_name"] for node in done.nodes if node.get("run_id") == line["run_id"]]
+        during = f" in {', '.join(nodes)}" if nodes else ""
+        click.echo(f"{line['pipeline']}  run {line['run_id']}  lost{during}, last heard of at {line['timestamp']}")
+    for line in done.nodes:
+        if not line.get("run_id"):
+            click.echo(f"node {line['node_name']}  lost, last heard of at {line['timestamp']}")
+    for problem in done.files:
+        click.echo(problem, err=True)
+    click.echo(f"{len(done.runs)} runs and {len(done.nodes)} nodes closed, {done.spans} spans brought back")
+
+
+@cli.command()
+@_DIRECTORY
+def active(directory: Path) -> None:
+    """Show the runs and nodes that are under way, as their processes told within the last seconds.
+
+    What has not been heard of for long may have died: `otel-odibi recover` closes it.
+
+    \b
+    Example:
+      otel-odibi active /var/telemetry
+    """
+    import time
+
+    from otel_odibi.report.texts import duration, size
+    from otel_odibi.store import open as open_store
+
+    for found in open_store(directory).active():
+        what = f"  node {found.node}" if found.node else f"pipeline {found.pipeline}  run {found.run_id}"
+        heard = duration(max(0, time.time_ns() - found.heard_ns))
+        memory = "" if found.rss is None or found.node else f", {size(found.rss)} of memory"
+        click.echo(f"{what}  for {duration(found.heard_ns - found.start_ns)}{memory}, heard of {heard} ago")
+
+
+@cli.command()
+@_DIRECTORY
+@click.option("--endpoint", metavar="URL", help="Send it there, not where settings and environment say.")
+def replay(directory: Path, endpoint: str | None) -> int:
+    """Send what waits in DIR/spool for an OTLP endpoint that was away.
+
+    \b
+    Example:
+      otel-odibi replay /var/telemetry --endpoint http://localhost:4317
+    """
+    from otel_odibi.spool import replay as send
+
+    sent, lost, left = send(directory, endpoint)
+    click.echo(f"{sent} items delivered, {lost} refused for good, {left} left in {directory / 'spool'}")
+    return FAILED if left or lost else 0
 
 
 # --- run -------------------------------------------------------------------------------------------------------------

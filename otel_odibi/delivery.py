@@ -102,7 +102,7 @@ class SpanQueue(SpanProcessor):
             self._finish()
             return
         thread.join(timeout_millis / 1000)
-        left = len(self._queue) + self._exporting
+        left = len(self._queue) + (0 if getattr(self._exporter, "hands_over", False) else self._exporting)
         if left:
             self._on_drop("exit_timeout", left)
             self._queue.clear()

@@ -236,7 +236,9 @@ def _accepted(check: str, url: str, by: str, settings: Settings, spans: Sequence
             logger.removeHandler(handler)
             exporter.shutdown()
         if not accepted:
-            raise ConnectionError(max(heard, key=len) or f"{url} does not accept it")  # the longest tells most
+            why = max(heard, key=len)  # the longest tells most
+            refused = "Connection refused" in why
+            raise ConnectionError(f"nobody listens at {url}" if refused else why or f"{url} does not accept it")
         what = [f"trace {span.context.trace_id:032x}" for span in spans] or ["requests"]
         return Finding(check, OK, f"{url} accepts {what[0]}")
 
@@ -267,7 +269,8 @@ def _clock(url: str) -> Finding:
     try:
         date = parsedate_to_datetime(_get(url)[1]["Date"]).timestamp()
     except (OSError, TypeError, ValueError) as exc:  # the last two where there is no date
-        return Finding("clock", WARN, f"not compared: {message_of(exc)}", "let the server be reached over HTTP")
+        why = message_of(getattr(exc, "reason", exc))
+        return Finding("clock", WARN, f"not compared: {url}: {why}", "let the server be reached over HTTP")
     ahead = (began + time.time()) / 2 - date - 0.5
     if abs(ahead) < 2:
         return Finding("clock", OK, f"in step with {url}")

@@ -56,7 +56,7 @@ def timestamp(unix_nano: int) -> str:
 class LogWriter:
     """Makes log records of facts and of users' calls and hands them to its outputs. Thread-safe; never raises.
 
-    An output takes the record and its line, one JSON object in UTF-8 with a newline.
+    An output takes the record and its line, one JSON object in UTF-8 with a newline. Start lines carry `process`.
     """
 
     def __init__(
@@ -68,8 +68,10 @@ class LogWriter:
         cleaner: Cleaner,
         clock: Callable[[], int] = time.time_ns,
         on_error: Callable[[str, BaseException], None],
+        process: str = "",
     ) -> None:
         self.service = clean_name(service)
+        self.process = process
         self.level = LEVELS[level]
         self.cleaner = cleaner
         self._outputs = outputs
@@ -195,6 +197,8 @@ class LogWriter:
         message = f"pipeline {fact.pipeline} started"
         record = self._head(fact.time_unix_nano, "info", names.PIPELINE_START, message)
         record.update(pipeline=fact.pipeline, run_id=fact.run_id, status="running")
+        if self.process:
+            record["process"] = self.process
         if fact.metadata:
             record["metadata"] = fact.metadata
         self.write(_identified(record, fact, fact.time_unix_nano))
@@ -223,6 +227,8 @@ class LogWriter:
         if fact.rows_in is not None:
             record["rows_in"] = fact.rows_in
         record = _identified(record, fact, now)
+        if self.process:
+            record["process"] = self.process
         if fact.edges:
             record["links"] = _links(fact.edges)
         self.write(record)

@@ -72,12 +72,36 @@ def configure(
             _install(telemetry)
         if loaded.enabled:
             telemetry.activate()
+            _recover(telemetry)
         else:
             runtime.activate(None, disabled=True)
         atexit.register(telemetry.shutdown)
         _current = telemetry
     _end_well_on_sigterm()
     return telemetry
+
+
+def _recover(telemetry: Telemetry) -> None:
+    """Begin to bring back what processes that died in this directory left undone, if there seem to be any."""
+    own, directory = telemetry.liveness, telemetry.directory
+    if own is None or directory is None or not any(path != own.path for path in own.path.parent.glob("*.json")):
+        return
+
+    def work() -> None:
+        from otel_odibi.recovery import recover
+
+        try:
+            done = recover(directory, parquet=telemetry.settings.parquet_uri, spool=telemetry.keep)
+        except Exception as exc:  # noqa: BLE001 - a directory that is gone by now, for one
+            telemetry.troubles.error("recovery", exc)
+            return
+        for line in done.runs:
+            text = "run %s of pipeline %s was lost with its process; it was last heard of at %s"
+            telemetry.troubles.warn("lost", line["run_id"], text, line["run_id"], line["pipeline"], line["timestamp"])
+        for problem in done.files:
+            telemetry.troubles.warn("recovery", problem, "recovery: %s", problem)
+
+    telemetry.in_background(work)
 
 
 def _end_well_on_sigterm() -> None:

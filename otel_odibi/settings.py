@@ -210,6 +210,11 @@ class Settings:
     log_retention_bytes: int = _setting(
         2 * 2**30, "Size of all rotated segments kept, in bytes; the oldest go first.", _positive_bytes
     )
+    durability: str = _setting(
+        "process",
+        "What a written log line survives: the end of the `process`, or with `fsync` a power cut too.",
+        _choice("process", "fsync"),
+    )
     capture_logging: bool = _setting(False, "Let records of the standard `logging` module join the log file.", _flag)
 
     span_formats: tuple[str, ...] = _setting(
@@ -259,6 +264,11 @@ class Settings:
         None,
         "Send logs by OTLP too. Unset: only where no log file is written, so that a collector never reads them twice.",
         _optional(_flag),
+    )
+    spool_bytes: int = _setting(
+        512 * 2**20,
+        "Size of what waits in `spool/` for an OTLP endpoint, in bytes, a third a signal; the oldest goes first.",
+        _positive_bytes,
     )
 
     span_interval: float = _setting(

@@ -10,6 +10,7 @@ Importing this module imports pyarrow.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,8 +25,10 @@ import pyarrow.parquet as pq
 
 from otel_odibi import names
 from otel_odibi.errors import StoreError
-from otel_odibi.exporters.jsonl import read_lines
+from otel_odibi.exporters.jsonl import files, read_lines
+from otel_odibi.exporters.segments import parse, pattern, safe_name
 from otel_odibi.facts import Failure
+from otel_odibi.liveness import read_state
 from otel_odibi.names import FAILURE, SUCCESS
 
 T = TypeVar("T")
@@ -107,6 +110,21 @@ class RunView:
     nodes: tuple[NodeView, ...]
 
 
+class Active(NamedTuple):
+    """A run, or where `node` is not empty a node, under way when its process was last heard of, at `heard_ns`."""
+
+    service: str
+    host: str
+    pipeline: str
+    run_id: str
+    node: str
+    trace_id: str
+    span_id: str
+    start_ns: int
+    heard_ns: int
+    rss: int | None
+
+
 class Files(NamedTuple):
     """The files of one kind. `path`, relative to the directory, is a pattern where it stands for several.
 
@@ -148,6 +166,17 @@ class Store:
         """
         run = self._find(run_id)
         return RunView(run, tuple(_nodes(run, self._spans(pc.field("TraceId") == run.trace_id))))
+
+    def active(self) -> tuple[Active, ...]:
+        """Return what is under way, what began first first: as state files tell, every 5 seconds anew.
+
+        Of services without any: as start lines without an end tell, in log files not rotated yet.
+        """
+        states = [state for state in map(read_state, self.directory.glob("state/*.json")) if state is not None]
+        told = [(state, entry) for state in states for entry in state["active"]]
+        told += _unended(self.directory / "logs", {safe_name(state["service"]) for state in states})
+        found = [active for state, entry in told for active in _active(state, entry)]
+        return tuple(sorted(found, key=lambda active: active.start_ns))
 
     def _find(self, run_id: str) -> RunSummary:
         runs = self.runs()
@@ -289,6 +318,28 @@ def _node(span: _Span, depth: int, inside: list[_Span]) -> NodeView:
 def _attempt(span: _Span) -> AttemptView:
     number = span.value(names.NODE_ATTEMPT, int) or 1
     return AttemptView(number, span.outcome, span.start_ns, span.duration_ns, span.failure)
+
+
+def _unended(logs: Path, told: set[str]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    for found in parse((path.name for path in files(logs)), pattern(".jsonl")):
+        begun, heard = dict[Any, dict[str, Any]](), {"heartbeat_unix_nano": 0}
+        for line in read_lines(logs / found.entry) if found.is_active and found.name not in told else ():
+            with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+                record = orjson.loads(line)
+                heard["heartbeat_unix_nano"] = record["time_unix_nano"]
+                if record["event_type"].endswith("_start"):
+                    begun[record["span_id"]] = record
+                elif record["event_type"].startswith(("node_", "pipeline_")):
+                    begun.pop(record["span_id"], None)
+        yield from (({**record, **heard}, record) for record in begun.values())
+
+
+def _active(state: Mapping[str, Any], entry: Mapping[str, Any]) -> Iterator[Active]:
+    with contextlib.suppress(ValueError, TypeError, OverflowError):  # anyone may have written it
+        texts = [str(entry.get(key, "")) for key in ("pipeline", "run_id", "node_name", "trace_id", "span_id")]
+        where, rss = [str(state.get(key, "")) for key in ("service", "host")], state.get("rss")
+        times = int(entry.get("time_unix_nano", 0)), int(state["heartbeat_unix_nano"])
+        yield Active._make((*where, *texts, *times, rss if isinstance(rss, int) else None))
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

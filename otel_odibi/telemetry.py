@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +27,7 @@ from opentelemetry.sdk.metrics.export import (
     PeriodicExportingMetricReader,
 )
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import Tracer, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, Tracer, TracerProvider
 from opentelemetry.sdk.trace.export import SpanExporter
 from typing_extensions import Self
 
@@ -38,6 +39,7 @@ from otel_odibi.exporters.points import CUMULATIVE, Producer, WithProducer
 from otel_odibi.facts import Fact, Family
 from otel_odibi.forks import after_fork
 from otel_odibi.instruments import ApiInstruments
+from otel_odibi.liveness import Liveness, lives_elsewhere
 from otel_odibi.logs import LogWriter
 from otel_odibi.manager import MetricsManager
 from otel_odibi.metrics import Aggregates, rss_reader
@@ -50,6 +52,7 @@ from otel_odibi.troubles import Troubles
 if TYPE_CHECKING:
     from otel_odibi.exporters.otlp import OtlpLogs
     from otel_odibi.hooks import Declared, EventBus
+    from otel_odibi.spool import Spool
 
 
 class Telemetry:
@@ -83,6 +86,8 @@ class Telemetry:
         self._files: list[Callable[[int], bool]] = []
         self._events: EventBus | None = None
         self._otlp_logs: OtlpLogs | None = None
+        self._spool: Spool | None = None
+        self._background: threading.Thread | None = None
         self._handler: logging.Handler | None = None
         self._lock = threading.RLock()
         self._closed = False
@@ -95,12 +100,13 @@ class Telemetry:
         self.metrics = MetricsManager()
         self.resource = _resource(settings, self.cleaner)
         declared = self._declared(alerts or {})
+        self.liveness = self._living()
         try:
             self.tracer_provider = self._tracing(tracer_provider, span_exporters)
             self.log_writer = self._logging(log_outputs)
             self.meter_provider = self._metering(metric_readers)
         except BaseException:  # a port that is taken, an extra that is missing: leave no file and no thread behind
-            self._close_logs(time.monotonic())
+            self._close_files(time.monotonic())
             raise
         self.logger = StructuredLogger.over(self.log_writer, next(iter(self._sinks), None), settings.service_name)
         self.runtime = Runtime(
@@ -122,6 +128,20 @@ class Telemetry:
         return self.settings.directory
 
     # --- assembly ----------------------------------------------------------------------------------------------------
+
+    def _living(self) -> Liveness | None:
+        if self.directory is None or not self.settings.enabled:
+            return None
+        return Liveness(
+            self.directory, self.settings.service_name, self.resource.attributes,
+            rss=rss_reader(), otlp=wants_otlp(self.settings, "TRACES", self._environ), on_process=self._named,
+            clock=self._clock,
+        )  # fmt: skip
+
+    def _named(self, process: str) -> None:
+        """Have the log tell of this process by its new name, as after a fork."""
+        if hasattr(self, "log_writer"):
+            self.log_writer.process = process
 
     def _tracing(
         self, host: trace_api.TracerProvider | None, extra: tuple[SpanExporter, ...]
@@ -186,7 +206,23 @@ class Telemetry:
         from otel_odibi.exporters import otlp
 
         make = {"TRACES": otlp.span_exporter, "METRICS": otlp.metric_exporter}[signal]
-        return [make(self.settings)]
+        return [make(self.settings, self._outlets())]
+
+    def _outlets(self) -> Spool:
+        if self._spool is None:
+            from otel_odibi.spool import Spool
+
+            liveness = self.liveness
+            self._spool = Spool(
+                self.directory,
+                lambda: "" if liveness is None else liveness.path.stem,
+                limit=self.settings.spool_bytes,
+                on_drop=self.troubles.dropped,
+                on_trouble=lambda text: self.troubles.warn("otlp", "endpoint", text),
+                acked=(lambda ids: None) if liveness is None else liveness.acked,
+                is_alive=lambda stem: liveness is not None and lives_elsewhere(liveness.path.with_stem(stem)),
+            )
+        return self._spool
 
     def _metering(self, extra: tuple[MetricReader, ...]) -> MeterProvider:
         on_drop = self.troubles.on_drop("metrics")
@@ -260,13 +296,14 @@ class Telemetry:
                 max_bytes=s.log_max_bytes,
                 retention_bytes=s.log_retention_bytes,
                 on_drop=self.troubles.on_drop("logs"),
+                fsync=s.durability == "fsync",
             )
             self._sinks.append(sink)
             outputs.append(lambda record, line: sink.write(line))
         if wants_otlp(s, "LOGS", self._environ) and (s.otlp_logs if s.otlp_logs is not None else not outputs):
             from otel_odibi.exporters import otlp
 
-            self._otlp_logs = otlp.OtlpLogs(s, self.resource)
+            self._otlp_logs = otlp.OtlpLogs(s, self.resource, self._outlets())
             outputs.append(self._otlp_logs.output)
         return LogWriter(
             s.service_name,
@@ -275,10 +312,12 @@ class Telemetry:
             cleaner=self.cleaner,
             clock=self._clock,
             on_error=self.troubles.error,
+            process="" if self.liveness is None else self.liveness.process,
         )
 
     def _listeners(self, host_meters: metrics_api.MeterProvider | None) -> dict[type, list[runtime.Listener]]:
-        sources: list[Any] = [self.log_writer] if self.log_writer.writes else []
+        sources: list[Any] = [] if self.liveness is None else [self.liveness]  # first: it may name this process anew
+        sources += [self.log_writer] if self.log_writer.writes else []
         sources += [self.aggregates, self.metrics]
         if host_meters is not None:
             sources.append(ApiInstruments(host_meters.get_meter(names.SCOPE), self.aggregates))
@@ -322,6 +361,23 @@ class Telemetry:
         deadline = time.monotonic() + self.settings.exit_timeout
         return _within(lambda: self._flushed([partial(flush, _left_ms(deadline)) for flush in self._files]), deadline)
 
+    # --- recovery ----------------------------------------------------------------------------------------------------
+
+    def in_background(self, work: Callable[[], None]) -> None:
+        """Do this on a thread of its own; `shutdown` waits for its end, as long as it may."""
+        thread = threading.Thread(target=work, name="otel-odibi-recovery", daemon=True)
+        with contextlib.suppress(RuntimeError):  # no thread to be had: then the next process does it
+            thread.start()
+            self._background = thread
+
+    def keep(self, spans: Sequence[ReadableSpan]) -> bool:
+        """Put spans of a process that is gone where those wait that go to an OTLP endpoint; False where that fails."""
+        from otel_odibi.spool import keep
+
+        return self.directory is not None and self.liveness is not None and keep(
+            self.directory, self.liveness.path.stem, spans
+        )  # fmt: skip
+
     # --- life --------------------------------------------------------------------------------------------------------
 
     def activate(self) -> None:
@@ -353,6 +409,7 @@ class Telemetry:
         done = [queue.force_flush(_left_ms(deadline)) for queue in self.queues]
         others: list[Callable[[], bool]] = [self.meter_provider.force_flush]
         others += [] if self._otlp_logs is None else [self._otlp_logs.flush]
+        others += [] if self._spool is None else [partial(self._spool.flush, timeout)]
         return _within(lambda: self._flushed(others), deadline) and all(done)
 
     def _flushed(self, flushes: list[Callable[[], bool]]) -> bool:
@@ -392,13 +449,19 @@ class Telemetry:
             queue.shutdown(_left_ms(deadline))
         if self._events is not None:  # last, as hooks have run on meanwhile: one that hangs costs no data
             self._events.shutdown(_left_ms(deadline) / 1000)
-        self._close_logs(deadline)
+        if self._background is not None:
+            self._background.join(_left_ms(deadline) / 1000)
+        self._close_files(deadline)
 
-    def _close_logs(self, deadline: float) -> None:
+    def _close_files(self, deadline: float) -> None:
         for sink in self._sinks:
             sink.close(_left_ms(deadline) / 1000)
         if self._otlp_logs is not None:
             self._otlp_logs.shutdown(_left_ms(deadline))
+        # It puts on disk what the others have handed over. What was lost all the same is for a recovery to bring back.
+        kept = self._spool is None or self._spool.shutdown(_left_ms(deadline) / 1000)
+        if self.liveness is not None:
+            self.liveness.close(kept and not any(signal == "spans" for signal, _ in self.aggregates.dropped()))
 
     def __enter__(self) -> Self:
         return self

@@ -273,7 +273,7 @@ def test_a_collector_that_is_away_fails(monkeypatch: pytest.MonkeyPatch, protoco
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", protocol)
     found = check("span")
     assert found.status == "fail"
-    assert "refused" in found.found
+    assert found.found.startswith("nobody listens at http://127.0.0.1:")
     assert found.remedy.startswith("start the collector")
 
 

@@ -6,11 +6,15 @@ The counts are those of `ODIBI_TEST_SCALE=1`; a tenth by default.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from otlp_endpoint import HANG, OK, endpoint
 from prometheus_client.parser import text_string_to_metric_families
 from secret_samples import SECRETS, leaked
 
@@ -28,6 +33,8 @@ from otel_odibi import store
 from otel_odibi.errors import StoreError
 from otel_odibi.exporters.jsonl import files, read_lines
 from otel_odibi.exporters.lines import newest
+from otel_odibi.recovery import recover
+from otel_odibi.spool import keep, replay
 
 pytestmark = pytest.mark.faults
 SCALE = float(os.environ.get("ODIBI_TEST_SCALE", "0.1"))
@@ -156,13 +163,74 @@ def test_a_full_disk_costs_what_is_counted_and_no_more(tmp_path: Path) -> None:
     assert found["prom"] > 0
 
 
+# --- the end of a process --------------------------------------------------------------------------------------------
+
+ENDING = """if True:
+    import os, signal, sys, threading, time
+    import otel_odibi as oo
+    oo.configure(service_name="ending", directory=sys.argv[1])
+    for _ in range(20):
+        with oo.pipeline("p"), oo.node("n"):
+            pass
+    print(time.time(), flush=True)
+"""
+ENDS = {
+    "return": "",
+    "exception": "raise ValueError('the program fails')",
+    "sys.exit": "sys.exit(3)",
+    "SIGTERM": "os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)",
+    "SIGINT": "os.kill(os.getpid(), signal.SIGINT); time.sleep(60)",
+    "os._exit": "os._exit(0)",
+    "SIGKILL": "os.kill(os.getpid(), signal.SIGKILL)",
+    "daemon threads": "threading.Thread(target=threading.Event().wait, daemon=True).start()",
+    "handler of its own, as servers have": (
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)"
+    ),
+}
+
+
+@pytest.mark.parametrize("away", ["closed", "hangs"])
+@pytest.mark.parametrize("end", ENDS)
+def test_however_a_process_ends_with_the_collector_away_nothing_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, away: str
+) -> None:
+    """In Parquet at once, or after a recovery where it had no time to end; at the endpoint when that is back."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf")
+    with endpoint("http/protobuf") as collector:
+        collector.default = HANG
+        if away == "closed":
+            collector.stop()
+        environ = {**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url}
+        code = ENDING + "    " + ENDS[end]
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+        took = time.time() - float(done.stdout.split()[-1])
+        killed = end in ("os._exit", "SIGKILL")
+        recovered = recover(tmp_path, spool=functools.partial(keep, tmp_path, "recovered.0-00000000"))
+        assert not recovered.files
+        assert bool(recovered.spans) == killed
+        assert pq.read_table(tmp_path / "spans").num_rows == 40
+        warnings = [line for line in done.stderr.splitlines() if "OTLP endpoint of" in line]
+        assert len(warnings) <= 2, "one a signal"
+        assert ("Traceback" in done.stderr) == (end in ("exception", "SIGINT"))
+        collector.stop()
+        collector.default = OK
+        collector.start()
+        delivered, lost, left = replay(tmp_path, collector.url)
+        assert (delivered >= 40, lost, left) == (True, 0, 0)
+        assert len(collector.ids()) == len(set(collector.ids())) == 40
+    assert not list(tmp_path.glob("spool/*")) + list(tmp_path.glob("state/*"))
+    print(f"{end}, collector {away}: ended after {took:.2f} s")
+
+
 # --- hostile data ----------------------------------------------------------------------------------------------------
 
 
 def test_secrets_are_in_no_file(tmp_path: Path) -> None:
     """Every shape of secret, in attributes, names, log lines, exceptions and cache keys: none is found in any file."""
     directory = tmp_path / "t"
-    with oo.configure(service_name="s", directory=directory, **EVERYTHING) as telemetry:
+    away = {"otlp_endpoint": "http://127.0.0.1:1", "otlp_protocol": "http/protobuf", "otlp_logs": True}
+    with oo.configure(service_name="s", directory=directory, **away, **EVERYTHING) as telemetry:
         for text, _ in SECRETS.values():
             with contextlib.suppress(ValueError), oo.pipeline("p") as run, oo.node("n") as node:
                 node.set(note=text)
@@ -173,6 +241,7 @@ def test_secrets_are_in_no_file(tmp_path: Path) -> None:
                 telemetry.logger.log_node_failed("n", text, metadata={"note": text})
                 raise ValueError(text)
     assert len(SECRETS) >= 60
+    assert {path.suffixes[-2] for path in directory.glob("spool/*")} == {".traces", ".metrics", ".logs"}
     tables = [pq.read_table(path).to_pylist() for path in directory.rglob("*.parquet")]
     plain = [path.read_bytes().decode("utf-8", "replace") for path in directory.rglob("*.*") if path.is_file()]
     everything = "\n".join([json.dumps(tables, default=str), *plain])
@@ -240,17 +309,22 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@settings(max_examples=max(100, round(50_000 * SCALE)))
+def changed(before: bytes, damaged: list[tuple[float, bytes, int]], torn: float) -> bytes:
+    """Return a file's content with its end missing, perhaps, and other bytes in places."""
+    data = bytearray(before[: int(len(before) * torn)] if torn < 0.9 else before)
+    for place, new, length in damaged:
+        start = int(place * len(data))
+        data[start : start + length] = new
+    return bytes(data)
+
+
+@settings(max_examples=max(100, round(40_000 * SCALE)))
 @given(damaged=damage, torn=st.floats(0, 1))
 def test_no_damaged_file_harms_its_reader(whole: Path, damaged: list[tuple[float, bytes, int]], torn: float) -> None:
     """Logs give the lines that are left; the store names the file that it cannot read, or reads on."""
     for path in [*whole.glob("logs/*.jsonl"), *whole.glob("spans/*/*.parquet")]:
         before = path.read_bytes()
-        data = bytearray(before[: int(len(before) * torn)] if torn < 0.9 else before)
-        for place, new, length in damaged:
-            start = int(place * len(data))
-            data[start : start + length] = new
-        path.write_bytes(data)
+        path.write_bytes(changed(before, damaged, torn))
         try:
             if path.suffix == ".jsonl":
                 assert all(isinstance(record, dict) for record in newest([path], {}, 100))
@@ -259,3 +333,48 @@ def test_no_damaged_file_harms_its_reader(whole: Path, damaged: list[tuple[float
                     store.open(whole).runs()
         finally:
             path.write_bytes(before)
+
+
+CRASHED = """if True:
+    import os, sys
+    import otel_odibi as oo
+    telemetry = oo.configure(service_name="crashed", directory=sys.argv[1], span_formats="none", metric_formats="none",
+                             otlp_endpoint="http://127.0.0.1:1", otlp_protocol="http/protobuf")
+    for _ in range(3):
+        with oo.pipeline("p"), oo.node("n"):
+            pass
+    telemetry.flush(1)
+    with oo.pipeline("p"), oo.node("dying"):
+        os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def crashed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a process leaves that dies within a node, with its endpoint away."""
+    directory = tmp_path_factory.mktemp("crashed")
+    subprocess.run([sys.executable, "-c", CRASHED, str(directory)], check=True, capture_output=True)
+    assert {path.name for path in directory.iterdir()} == {"logs", "state", "spool"}
+    return directory
+
+
+@settings(max_examples=max(50, round(10_000 * SCALE)))
+@given(damaged=damage, torn=st.floats(0, 1), which=st.integers(0, 3))
+def test_recovery_and_replay_pass_over_what_is_damaged(
+    crashed: Path, damaged: list[tuple[float, bytes, int]], torn: float, which: int
+) -> None:
+    """Whichever file it is: nothing is raised, what comes out is valid, and a second recovery finds nothing to do."""
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder) / "t"
+        shutil.copytree(crashed, directory)
+        chosen = sorted(path for path in directory.rglob("*") if path.is_file())
+        path = chosen[which % len(chosen)]
+        path.write_bytes(changed(path.read_bytes(), damaged, torn))
+        recover(directory, spool=functools.partial(keep, directory, "recovered.0-00000000"))
+        assert recover(directory).runs == ()
+        if (directory / "spans").exists():
+            ids = pq.read_table(directory / "spans")["SpanId"].to_pylist()
+            assert len(ids) == len(set(ids))
+        store.open(directory).active()
+        sent, lost, left = replay(directory, "http://127.0.0.1:1", timeout=5)
+        assert sent == 0 <= lost + left

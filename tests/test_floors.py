@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "otel_odibi"
-MAY_KNOW_THE_SDK = {"telemetry", "process", "delivery", "spans", "testing", "exporters"}
+MAY_KNOW_THE_SDK = {"telemetry", "process", "recovery", "delivery", "spans", "testing", "exporters"}
 
 
 def imports_of(path: Path) -> set[str]:

@@ -156,11 +156,20 @@ def test_a_later_sink_appends(make, tmp_path):
     assert numbers(tmp_path) == [1, 2]
 
 
-def test_a_torn_last_line_is_ended_before_the_next_record(make, tmp_path):
-    """After a power cut the next record starts on a line of its own."""
-    (tmp_path / "flights.jsonl").write_bytes(line(1) + b'{"i": 2, "mess')
+@pytest.mark.parametrize("before", [b"", line(1), line(1) * 9_000])
+@pytest.mark.parametrize("torn", [b'{"i": 2, "mess', b"x" * 200_000])
+def test_a_torn_last_line_is_taken_away_before_the_next_record(make, tmp_path, before, torn):
+    """What a crash or a power cut left of a record is no record: the file stays valid."""
+    (tmp_path / "flights.jsonl").write_bytes(before + torn)
     make().write(line(3))
-    assert (tmp_path / "flights.jsonl").read_bytes() == line(1) + b'{"i": 2, "mess\n' + line(3)
+    assert (tmp_path / "flights.jsonl").read_bytes() == before + line(3)
+
+
+def test_a_last_record_that_lacks_but_its_newline_stays(make, tmp_path):
+    """It gets one."""
+    (tmp_path / "flights.jsonl").write_bytes(line(1) + line(2)[:-1])
+    make().write(line(3))
+    assert numbers(tmp_path) == [1, 2, 3]
 
 
 @pytest.mark.parametrize("setting", ["max_bytes", "retention_bytes"])
@@ -227,7 +236,9 @@ def test_a_short_write_leaves_no_torn_record(make, tmp_path, monkeypatch, drops)
     assert drops == {"disk_full": 2}
 
 
-def test_a_short_write_that_cannot_be_taken_back_ends_in_a_line_of_its_own(make, tmp_path, monkeypatch, drops):
+def test_a_short_write_that_cannot_be_taken_back_at_once_is_later(
+    make, tmp_path, monkeypatch, drops
+):
     """Where not even truncation works, the next record does not join the torn one."""
     sink, write = make(on_drop=drops.on_drop), os.write
     with monkeypatch.context() as patch:
@@ -235,7 +246,7 @@ def test_a_short_write_that_cannot_be_taken_back_ends_in_a_line_of_its_own(make,
         patch.setattr(os, "ftruncate", _raising(errno.EIO))
         assert sink.write(line(1)) is False
     assert sink.write(line(2))
-    assert sink.path.read_bytes() == line(1)[: len(line(1)) // 2] + b"\n" + line(2)
+    assert sink.path.read_bytes() == line(2)
     assert drops == {"disk_full": 1}
 
 

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import grpc
 import pytest
 from opentelemetry import trace
 from opentelemetry.instrumentation.utils import suppress_instrumentation
-from opentelemetry.proto.collector.logs.v1 import logs_service_pb2, logs_service_pb2_grpc
-from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metrics_service_pb2_grpc
-from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.metrics.v1.metrics_pb2 import AggregationTemporality
 from opentelemetry.trace import Status, StatusCode
+from otlp_endpoint import PROTOCOLS, Endpoint, items
 from secret_samples import SECRETS, leaked
 
 import otel_odibi as oo
@@ -27,120 +23,33 @@ from otel_odibi.errors import MissingExtraError
 
 DELTA = AggregationTemporality.AGGREGATION_TEMPORALITY_DELTA
 CUMULATIVE = AggregationTemporality.AGGREGATION_TEMPORALITY_CUMULATIVE
-SERVICES = {
-    "traces": (trace_service_pb2, "ExportTraceServiceRequest", "ExportTraceServiceResponse"),
-    "metrics": (metrics_service_pb2, "ExportMetricsServiceRequest", "ExportMetricsServiceResponse"),
-    "logs": (logs_service_pb2, "ExportLogsServiceRequest", "ExportLogsServiceResponse"),
-}
 
 
-class Sink:
-    """What a collector received: requests and headers by signal."""
+class Sink(Endpoint):
+    """What a collector received, by name."""
 
-    def __init__(self):
-        self.requests = {signal: [] for signal in SERVICES}
-        self.headers = {signal: [] for signal in SERVICES}
-        self.endpoint = ""
-
-    def receive(self, signal, request, headers):
-        self.requests[signal].append(request)
-        self.headers[signal].append({key.lower(): value for key, value in headers})
-
-    @property
-    def spans(self):
-        return {
-            span.name: span
-            for request in self.requests["traces"]
-            for resource in request.resource_spans
-            for scope in resource.scope_spans
-            for span in scope.spans
-        }
+    endpoint = property(lambda self: self.url)
+    spans = property(lambda self: {span.name: span for span in self.accepted["traces"]})
+    logs = property(lambda self: self.accepted["logs"])
 
     @property
     def metrics(self):
-        """Metrics by name, one list for each request."""
-        return [
-            {
-                metric.name: metric
-                for resource in request.resource_metrics
-                for scope in resource.scope_metrics
-                for metric in scope.metrics
-            }
-            for request in self.requests["metrics"]
-        ]
-
-    @property
-    def logs(self):
-        return [
-            record
-            for request in self.requests["logs"]
-            for resource in request.resource_logs
-            for scope in resource.scope_logs
-            for record in scope.log_records
-        ]
+        """Metrics by name, one dictionary for each request."""
+        return [{metric.name: metric for metric in items("metrics", r)} for r in self.requests["metrics"]]
 
 
 @contextlib.contextmanager
-def grpc_sink():
-    """Serve OTLP over gRPC on a free port of this machine."""
-    sink, pool = Sink(), ThreadPoolExecutor(2)
-    server = grpc.server(pool)
-
-    def servicer(signal, base):
-        module, _, response = SERVICES[signal]
-
-        def export(self, request, context):
-            sink.receive(signal, request, context.invocation_metadata())
-            return getattr(module, response)()
-
-        return type("Servicer", (base,), {"Export": export})()
-
-    for signal, module, name in (
-        ("traces", trace_service_pb2_grpc, "Trace"),
-        ("metrics", metrics_service_pb2_grpc, "Metrics"),
-        ("logs", logs_service_pb2_grpc, "Logs"),
-    ):
-        add = getattr(module, f"add_{name}ServiceServicer_to_server")
-        add(servicer(signal, getattr(module, f"{name}ServiceServicer")), server)
-    sink.endpoint = f"http://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-    server.start()
+def sink_of(protocol):
+    """Serve OTLP on a free port of this machine."""
+    sink = Sink(protocol)
+    sink.start()
     try:
         yield sink
     finally:
-        server.stop(None).wait()
-        pool.shutdown()
+        sink.stop()
 
 
-@contextlib.contextmanager
-def http_sink():
-    """Serve OTLP over HTTP on a free port of this machine."""
-    sink = Sink()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            signal = self.path.removeprefix("/v1/")
-            module, request, response = SERVICES[signal]
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            sink.receive(signal, getattr(module, request).FromString(body), self.headers.items())
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(getattr(module, response)().SerializeToString())
-
-        def log_message(self, *args):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        sink.endpoint = f"http://127.0.0.1:{server.server_port}"
-        try:
-            yield sink
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-SINKS = {"grpc": grpc_sink, "http/protobuf": http_sink}
+http_sink, grpc_sink = (functools.partial(sink_of, protocol) for protocol in ("http/protobuf", "grpc"))
 
 
 @pytest.fixture(autouse=True)
@@ -151,7 +60,7 @@ def clean_environment(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture(params=SINKS)
+@pytest.fixture(params=PROTOCOLS)
 def protocol(request):
     """Each of the two protocols."""
     return request.param
@@ -160,7 +69,7 @@ def protocol(request):
 @pytest.fixture
 def sink(protocol):
     """A collector that speaks the protocol."""
-    with SINKS[protocol]() as made:
+    with sink_of(protocol) as made:
         yield made
 
 
@@ -373,7 +282,7 @@ def test_each_signal_may_have_its_own_protocol(monkeypatch):
 # --- trouble ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("protocol", SINKS)
+@pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_without_the_extra_the_error_says_what_to_install(monkeypatch, tmp_path, protocol):
     """And no file and no thread is left behind."""
     package = {"grpc": "grpc", "http/protobuf": "http"}[protocol]
@@ -385,7 +294,7 @@ def test_without_the_extra_the_error_says_what_to_install(monkeypatch, tmp_path,
     assert threading.active_count() == before
 
 
-@pytest.mark.parametrize("protocol", SINKS)
+@pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_with_the_collector_away_the_pipeline_runs_and_the_loss_is_counted(protocol, caplog, monkeypatch):
     """The exit takes no longer than it may."""
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "0.05")
@@ -396,6 +305,26 @@ def test_with_the_collector_away_the_pipeline_runs_and_the_loss_is_counted(proto
     assert sum(count for (signal, _), count in telemetry.aggregates.dropped().items() if signal == "spans") == 3
     ours = [record.getMessage() for record in caplog.records if record.name == "otel_odibi"]
     assert [message for message in ours if "telemetry lost: spans" in message]
+
+
+def test_what_a_process_could_not_send_the_next_one_sends(sink, protocol, tmp_path, caplog):
+    """Every signal, whole; with one warning, and without a word from the exporters."""
+    settings = {"otlp_endpoint": sink.endpoint, "directory": tmp_path, "otlp_logs": True}
+    sink.stop()
+    with configured(protocol, **settings) as telemetry:
+        run_pipeline()
+        assert not telemetry.flush()
+    assert telemetry.aggregates.dropped() == {}
+    assert [record.name for record in caplog.records] == ["otel_odibi"]
+    assert len(list((tmp_path / "spool").iterdir())) == 3
+    sink.start()
+    with configured(protocol, **settings) as telemetry:
+        assert telemetry.flush()
+    assert list((tmp_path / "spool").iterdir()) == []
+    assert set(sink.spans) == {"pipeline daily", "node read", "node join"}
+    assert sink.metrics[0]["odibi.node.rows"].sum.data_points[0].as_int == 3
+    assert sink.logs[4].body.string_value == "late"
+    assert sink.logs[4].span_id == sink.spans["node join"].span_id
 
 
 def test_no_secret_leaves_by_any_way(tmp_path):

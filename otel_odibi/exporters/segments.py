@@ -30,6 +30,8 @@ from pathlib import Path
 from typing import Final, NamedTuple
 from urllib.parse import quote
 
+import orjson
+
 if sys.platform == "win32":
     import msvcrt
 
@@ -150,6 +152,33 @@ def release(fd: int) -> None:
         _unlock(fd)
     with contextlib.suppress(OSError):
         os.close(fd)
+
+
+def is_object(text: bytes) -> bool:
+    """Tell whether this is a whole JSON object."""
+    try:
+        return isinstance(orjson.loads(text), dict)
+    except ValueError:
+        return False
+
+
+def drop_torn_line(fd: int) -> None:
+    """Take the end of a locked file away that is no whole record; one that lacks but its newline gets it.
+
+    Raises OSError.
+    """
+    start = size = os.lseek(fd, 0, os.SEEK_END)
+    tail = b""
+    while start and b"\n" not in tail:
+        start -= (step := min(start, 2**16))
+        os.lseek(fd, start, os.SEEK_SET)
+        tail = os.read(fd, step) + tail
+    torn = tail[tail.rfind(b"\n") + 1 :]
+    if is_object(torn):
+        os.lseek(fd, 0, os.SEEK_END)
+        os.write(fd, b"\n")
+    elif torn:
+        os.ftruncate(fd, size - len(torn))
 
 
 def packed(segment: Path) -> Path:
@@ -295,6 +324,7 @@ class Segments:
     def _adopt(self, path: Path) -> None:
         with contextlib.suppress(OSError), self._left_behind(path) as fd:
             if fd is not None:
+                drop_torn_line(fd)
                 self.add(path)
 
     def _compress(self, segment: Path) -> bool:
