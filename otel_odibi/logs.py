@@ -20,7 +20,17 @@ from opentelemetry import trace
 from otel_odibi import names
 from otel_odibi.calls import Node, current
 from otel_odibi.clean import DEFAULT, Cleaner, clean_name, describe, to_json
-from otel_odibi.facts import CacheLookup, Edge, Failure, NodeFinished, NodeRetried, NodeStarted, RunFinished, RunStarted
+from otel_odibi.facts import (
+    MIB,
+    CacheLookup,
+    Edge,
+    Failure,
+    NodeFinished,
+    NodeRetried,
+    NodeStarted,
+    RunFinished,
+    RunStarted,
+)
 from otel_odibi.names import FAILURE, SUCCESS
 
 if TYPE_CHECKING:
@@ -77,6 +87,7 @@ class LogWriter:
         self._outputs = outputs
         self._clock = clock
         self.on_error = on_error
+        self._beginnings: dict[Any, tuple[Record, Record, str]] = {}
 
     @property
     def writes(self) -> bool:
@@ -220,51 +231,73 @@ class LogWriter:
 
     def node_started(self, fact: NodeStarted) -> None:
         """Write `node_start`: it is with the operating system before the node's function runs."""
-        now = fact.time_unix_nano
-        record = self._head(now, "info", names.NODE_START, f"node {fact.node} started")
-        _add_node(record, fact)
-        record["status"] = "running"
-        if fact.rows_in is not None:
-            record["rows_in"] = fact.rows_in
-        record = _identified(record, fact, now)
+        begun, _, trace_id = self._begun(fact)
+        _, _, _, _, _, _, span_id, parent_span_id, flags, now, rows_in, edges = fact
+        record = begun.copy()
+        record["timestamp"] = timestamp(now)
+        if rows_in is not None:
+            record["rows_in"] = rows_in
+        _identify(record, trace_id, span_id, parent_span_id, now, flags)
         if self.process:
             record["process"] = self.process
-        if fact.edges:
-            record["links"] = _links(fact.edges)
+        if edges:
+            record["links"] = _links(edges)
         self.write(record)
 
     def node_finished(self, fact: NodeFinished) -> None:
         """Write `node_complete`, or `node_failed` for a failure."""
-        start, outcome = fact.start, fact.outcome
-        failed = outcome == FAILURE
-        event_type = names.NODE_FAILED if failed else names.NODE_COMPLETE
-        message = f"node {start.node} {_ended(outcome, fact.failure)}"
-        record = self._head(fact.time_unix_nano, "error" if failed else "info", event_type, message)
-        _add_node(record, start)
-        record["status"] = _STATUS.get(outcome, outcome)
-        record["duration_ms"] = fact.duration_ns / 1e6
-        if fact.rows_out is not None:
-            record["row_count"] = fact.rows_out
-        if fact.rows_in is not None:
-            record["rows_in"] = fact.rows_in
-        if fact.cache_hit is not None:
-            record["cache_hit"] = fact.cache_hit
-        if fact.rss is not None:
-            record["memory_mb"] = round(fact.rss / 1_048_576, 2)
-        record["attempt"] = fact.attempt
-        _add_failure(record, fact.failure)
-        if fact.metadata:
-            record["metadata"] = fact.metadata
-        record = _identified(record, start, fact.time_unix_nano)
-        if fact.edges:
-            record["links"] = _links(fact.edges)
-        if fact.rows_out is not None:
-            record["rows_out"] = fact.rows_out
-        if fact.bytes_out is not None:
-            record["bytes_out"] = fact.bytes_out
-        if fact.columns is not None:
-            record["columns"] = fact.columns
+        start, now, duration, outcome, attempt, rows_in, rows, size, columns, cache_hit, rss, failure, edges, more = (
+            fact
+        )
+        _, done, trace_id = self._begun(start)
+        record = done.copy()
+        record["timestamp"] = timestamp(now)
+        if outcome != SUCCESS:
+            failed = outcome == FAILURE
+            record["level"] = "error" if failed else "info"
+            record["event_type"] = names.NODE_FAILED if failed else names.NODE_COMPLETE
+            record["message"] = f"node {start.node} {_ended(outcome, failure)}"
+            record["status"] = _STATUS.get(outcome, outcome)
+        record["duration_ms"] = duration / 1e6
+        if rows is not None:
+            record["row_count"] = rows
+        if rows_in is not None:
+            record["rows_in"] = rows_in
+        if cache_hit is not None:
+            record["cache_hit"] = cache_hit
+        if rss is not None:
+            record["memory_mb"] = round(rss / MIB, 2)
+        record["attempt"] = attempt
+        _add_failure(record, failure)
+        if more:
+            record["metadata"] = more
+        _identify(record, trace_id, start.span_id, start.parent_span_id, now, start.trace_flags)
+        if edges:
+            record["links"] = _links(edges)
+        if rows is not None:
+            record["rows_out"] = rows
+        if size is not None:
+            record["bytes_out"] = size
+        if columns is not None:
+            record["columns"] = columns
         self.write(record)
+
+    def _begun(self, fact: NodeStarted) -> tuple[Record, Record, str]:
+        """Return what all lines of a node in a run begin with: where it starts, where it succeeds; and the trace id.
+
+        Kept, as to put them together anew for each line would cost a tenth of a node.
+        """
+        key = fact[:6]
+        found = self._beginnings.get(key)
+        if found is None:
+            begun = self._head(0, "info", names.NODE_START, f"node {fact.node} started")
+            _add_node(begun, fact)
+            done = {**begun, "event_type": names.NODE_COMPLETE, "message": f"node {fact.node} completed"}
+            begun["status"], done["status"] = "running", "success"
+            if len(self._beginnings) >= 1_000:
+                self._beginnings.clear()
+            found = self._beginnings[key] = begun, done, f"{fact.trace_id:032x}"
+        return found
 
     def cache_looked_up(self, fact: CacheLookup) -> None:
         """Write `cache_hit`, or `cache_miss` at level debug, which is written whatever the level."""
@@ -320,13 +353,17 @@ def _add_failure(record: Record, failure: Failure | None) -> None:
 
 
 def _identified(record: Record, fact: NodeStarted | RunStarted, now: int) -> Record:
-    record["trace_id"] = f"{fact.trace_id:032x}"
-    record["span_id"] = f"{fact.span_id:016x}"
-    if fact.parent_span_id:
-        record["parent_span_id"] = f"{fact.parent_span_id:016x}"
-    record["time_unix_nano"] = now
-    record["trace_flags"] = int(fact.trace_flags)
+    _identify(record, f"{fact.trace_id:032x}", fact.span_id, fact.parent_span_id, now, fact.trace_flags)
     return record
+
+
+def _identify(record: Record, trace_id: str, span_id: int, parent_span_id: int, now: int, flags: int) -> None:
+    record["trace_id"] = trace_id
+    record["span_id"] = f"{span_id:016x}"
+    if parent_span_id:
+        record["parent_span_id"] = f"{parent_span_id:016x}"
+    record["time_unix_nano"] = now
+    record["trace_flags"] = int(flags)
 
 
 def _links(edges: tuple[Edge, ...]) -> list[dict[str, str]]:
