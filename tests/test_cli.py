@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from otlp_endpoint import endpoint
 
 from otel_odibi import __version__, store
 
@@ -280,3 +281,72 @@ def test_without_the_extra_the_command_says_how_to_get_it(tmp_path: Path, missin
     assert told(done) == (
         2, "", "the command otel-odibi needs an optional dependency: pip install 'otel-odibi[cli]'\n",
     )  # fmt: skip
+
+
+# --- after a crash, or an outage -------------------------------------------------------------------------------------
+
+DIES = """
+import os, signal
+import otel_odibi as oo
+oo.configure(service_name="orders", directory="telemetry")
+with oo.pipeline("orders") as run:
+    with oo.node("read"):
+        pass
+    print(run.run_id, flush=True)
+    with oo.node("join"):
+        {end}
+"""
+
+
+def test_runs_of_processes_that_died_are_closed_by_name(tmp_path: Path) -> None:
+    """Once; and a directory that is not there is wrong usage."""
+    died = execute([sys.executable, "-c", DIES.format(end="os.kill(os.getpid(), signal.SIGKILL)")], tmp_path)
+    first, again = otel_odibi("recover", cwd=tmp_path), otel_odibi("recover", "telemetry", cwd=tmp_path)
+    run_id = died.stdout.strip()
+    assert first.returncode == again.returncode == 0
+    lines = (
+        rf"orders  run {run_id}  lost in join, last heard of at \S+Z\n1 runs and 1 nodes closed, 3 spans brought back\n"
+    )
+    assert re.fullmatch(lines, first.stdout)
+    assert again.stdout == "0 runs and 0 nodes closed, 0 spans brought back\n"
+    assert store.open(tmp_path / "telemetry").run(run_id).run.outcome == "lost"
+    assert otel_odibi("recover", "nowhere", cwd=tmp_path).returncode == 2
+
+
+def test_the_next_process_closes_them_too(tmp_path: Path) -> None:
+    """In the background, with a warning that names the run."""
+    died = execute([sys.executable, "-c", DIES.format(end="os.kill(os.getpid(), signal.SIGKILL)")], tmp_path)
+    lives = execute([sys.executable, "-c", DIES.format(end="pass")], tmp_path)
+    assert f"run {died.stdout.strip()} of pipeline orders was lost with its process" in lives.stderr
+    outcomes = {run.run_id: run.outcome for run in store.open(tmp_path / "telemetry").runs()}
+    assert outcomes == {died.stdout.strip(): "lost", lives.stdout.strip(): "success"}
+
+
+def test_what_is_under_way_is_shown(tmp_path: Path) -> None:
+    """Of a process that lives: its run, and the node in it."""
+    end = "print('here', flush=True); input()"
+    program = "import otel_odibi.liveness as l; l.Liveness.__init__.__kwdefaults__['seconds'] = 0.05\n" + DIES
+    command = [sys.executable, "-c", program.format(end=end)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=tmp_path, env=environment(), stdin=pipe, stdout=pipe, text=True) as process:
+        run_id, _ = process.stdout.readline().strip(), process.stdout.readline()
+        shown = next(out for _ in range(50) if "node join" in (out := otel_odibi("active", cwd=tmp_path).stdout))
+        process.communicate("\n")
+    assert re.match(rf"pipeline orders  run {run_id}  for .* of memory, heard of .* ago\n  node join  for ", shown)
+    assert otel_odibi("active", cwd=tmp_path).stdout == ""
+
+
+def test_what_waits_for_an_endpoint_is_sent(tmp_path: Path) -> None:
+    """Exit code 1 while it is away; then everything, once."""
+    with endpoint("http/protobuf") as collector:
+        collector.stop()
+        otlp = {"OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf", "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url}
+        execute([sys.executable, "-c", DIES.format(end="pass")], tmp_path, **otlp)
+        away = otel_odibi("replay", cwd=tmp_path, **otlp)
+        assert (away.returncode, away.stdout[:19]) == (1, "0 items delivered, ")
+        collector.start()
+        back = otel_odibi("replay", "telemetry", "--endpoint", collector.url, cwd=tmp_path, **otlp)
+        assert back.returncode == 0
+        assert back.stdout.endswith(" items delivered, 0 refused for good, 0 left in telemetry/spool\n")
+        assert len(collector.ids()) == len(set(collector.ids())) == 3
+    assert otel_odibi("replay", cwd=tmp_path).stdout.startswith("0 items delivered, 0 refused for good, 0 left")
