@@ -65,3 +65,24 @@ def test_nothing_is_missing_after_the_collector_was_away(protocol: str, tmp_path
         assert points(sink, "odibi.node.rows") == 3 * runs
         assert points(sink, "odibi.node.duration") == points(sink, "odibi.pipeline.duration") == runs
     assert not list((tmp_path / "telemetry" / "spool").iterdir())
+
+
+def test_the_collector_reads_what_waits(tmp_path: Path) -> None:
+    """Its otlpjsonfile receiver takes the files of the spool as they are, where no process is to send them."""
+    closed = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1", "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}
+    program = f"""if True:
+        import otel_odibi as oo
+        with oo.configure(service_name="outage", directory={str(tmp_path)!r}):
+            for _ in range(10):
+                with oo.pipeline("outage"), oo.node("step"):
+                    pass
+    """
+    subprocess.run([sys.executable, "-c", program], env=environment(closed), check=True, capture_output=True)
+    (tmp_path / "read" / "otlp").mkdir(parents=True)
+    for path in (tmp_path / "spool").glob("*.jsonl"):
+        path.rename(tmp_path / "read" / "otlp" / path.name)
+    with otlp_sink() as sink:
+        variables = {"GATEWAY_ENDPOINT": sink.grpc, "OTEL_ODIBI_DIRECTORY": str(tmp_path / "read")}
+        with otelcol("agent.yaml", tmp_path, **variables):
+            wait_for(lambda: len(sink.spans) >= 20, "the spans")
+    assert Counter(span.name for span in sink.spans) == {"pipeline outage": 10, "node step": 10}
