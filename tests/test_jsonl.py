@@ -236,9 +236,7 @@ def test_a_short_write_leaves_no_torn_record(make, tmp_path, monkeypatch, drops)
     assert drops == {"disk_full": 2}
 
 
-def test_a_short_write_that_cannot_be_taken_back_at_once_is_later(
-    make, tmp_path, monkeypatch, drops
-):
+def test_a_short_write_that_cannot_be_taken_back_at_once_is_later(make, tmp_path, monkeypatch, drops):
     """Where not even truncation works, the next record does not join the torn one."""
     sink, write = make(on_drop=drops.on_drop), os.write
     with monkeypatch.context() as patch:
