@@ -9,12 +9,14 @@ import contextlib
 import functools
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
@@ -225,6 +227,49 @@ def test_however_a_process_ends_with_the_collector_away_nothing_is_lost(
         assert len(collector.ids()) == len(set(collector.ids())) == 40
     assert not list(tmp_path.glob("spool/*")) + list(tmp_path.glob("state/*"))
     print(f"{end}, collector {away}: ended after {took:.2f} s")
+
+
+KILLED = """if True:
+    import os, random, sys, threading, time
+    import otel_odibi as oo
+    oo.configure(service_name="killed", directory=sys.argv[1], span_interval=0.02, parquet_seconds=0.1)
+
+    def work():
+        while True:
+            with oo.node("step") as node:
+                time.sleep(random.choice((0, 0, 0.001, 0.01)))
+            os.write(1, b"%016x\\n" % node.span.get_span_context().span_id)
+
+    with oo.pipeline("daily"):
+        for _ in range(4):
+            threading.Thread(target=oo.carry(work)).start()
+"""
+
+
+def test_whenever_a_process_is_killed_its_endpoint_has_every_node_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """300 kills while four threads finish nodes: in Parquet once, at the endpoint at least once."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf")
+    chance, returned, kills = random.Random(5), set[int](), max(10, round(300 * SCALE))
+    with endpoint("http/protobuf") as collector:
+        environ = {**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url}
+        for _ in range(kills):
+            command = [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path)]
+            with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+                returned.add(int(process.stdout.readline(), 16))
+                time.sleep(chance.uniform(0, 0.4))
+                process.kill()
+                returned |= {int(line, 16) for line in process.stdout if line.endswith(b"\n")}
+            assert not recover(tmp_path, spool=functools.partial(keep, tmp_path, "recovered.0-00000000")).files
+            assert replay(tmp_path, collector.url)[1:] == (0, 0)
+        delivered = Counter(collector.ids())
+    stored = [int(span_id, 16) for span_id in pq.read_table(tmp_path / "spans")["SpanId"].to_pylist()]
+    assert len(stored) == len(set(stored))
+    assert returned <= set(stored) == delivered.keys()
+    assert delivered.total() - len(delivered) <= kills * 1_000, "a batch a kill"
+    assert not list(tmp_path.glob("spool/*")) + list(tmp_path.glob("state/*"))
+    print(f"{kills} kills: {len(stored):,} spans, {delivered.total() - len(delivered):,} delivered twice")
 
 
 # --- hostile data ----------------------------------------------------------------------------------------------------
