@@ -308,9 +308,10 @@ values = st.recursive(
 @pytest.fixture(scope="module")
 def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[oo.Telemetry]:
     directory = tmp_path_factory.mktemp("fuzzed")
-    telemetry = oo.configure(service_name="fuzz", directory=directory, span_interval=0.2, **EVERYTHING)
+    # The next test's configure() shuts it down, which takes its time with thousands of series on a busy machine.
+    telemetry = oo.configure(service_name="fuzz", directory=directory, span_interval=0.2, exit_timeout=60, **EVERYTHING)
     yield telemetry
-    telemetry.shutdown(60)  # of a busy machine
+    telemetry.shutdown()
     lines = list(records(directory / "logs"))
     spans = [s for line in records(directory / "otlp", ".traces.jsonl") for s in spans_of(line)]
     stored = pq.read_table(directory / "spans")
