@@ -341,8 +341,6 @@ def active(directory: Path) -> None:
     Example:
       otel-odibi active /var/telemetry
     """
-    import time
-
     from otel_odibi.report.texts import duration, size
     from otel_odibi.store import open as open_store
 

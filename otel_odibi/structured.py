@@ -22,6 +22,7 @@ from otel_odibi.clean import DEFAULT, clean_name, describe, error_type
 from otel_odibi.errors import SettingError
 from otel_odibi.exporters.jsonl import JsonlSink, files
 from otel_odibi.exporters.lines import Record, matching, newest, time_of
+from otel_odibi.facts import MIB
 from otel_odibi.logs import LEVELS, LogWriter
 from otel_odibi.metrics import rss_reader
 
@@ -29,7 +30,6 @@ Error = str | BaseException
 Map = Mapping[str, Any] | None
 Text = str | None
 _warn_once: Final = functools.lru_cache(maxsize=1_000)(logging.getLogger(names.SCOPE).warning)
-_MIB: Final = 1_048_576
 
 
 class LogLevel(str, enum.Enum):
@@ -167,7 +167,7 @@ class StructuredLogger:
         if "node_name" in fields:
             fields["node_name"] = clean_name(fields["node_name"])
         rss = self._rss()
-        own = {"memory_mb": None if rss is None else round(rss / _MIB, 2), "user": self.user, "logger": self.name}
+        own = {"memory_mb": None if rss is None else round(rss / MIB, 2), "user": self.user, "logger": self.name}
         known = {key: value for key, value in {**own, **fields}.items() if value is not None}
         self._writer.event(level, event_type, message, known, (detail or {}).get("pipeline_name", ""))
 
@@ -198,7 +198,7 @@ class StructuredLogger:
             "by_level": dict(levels),
             "by_event_type": dict(event_types),
             "errors": [{key: error.get(key) for key in keys} for error in sorted(errors, key=time_of)[-10:]],
-            "file_size_mb": size / _MIB,
+            "file_size_mb": size / MIB,
         }
 
     def _files(self) -> list[Path]:
@@ -227,4 +227,4 @@ def _lose(dropped: Counter[str], stem: str, reason: str, what: int | BaseExcepti
 def _bytes(mib: object) -> int:
     if not isinstance(mib, (int, float)) or not 0 < mib < 2**40:
         raise SettingError("max_file_size_mb", mib, "not a size", "give a number of MiB above 0")
-    return max(1, int(mib * _MIB))
+    return max(1, int(mib * MIB))

@@ -303,9 +303,9 @@ def test_a_descriptor_that_became_another_file_is_not_closed(make, tmp_path, clo
 
 def test_a_directory_that_cannot_be_made_degrades_and_recovers(make, tmp_path, clock, drops, monkeypatch):
     """No exception; every record counted; opening is tried once a second, and works when the obstacle is gone."""
-    obstacle, attempts, make_path = tmp_path / "logs", [], jsonl._make_directory
+    obstacle, attempts, make_path = tmp_path / "logs", [], jsonl.make_directory
     obstacle.write_text("a file where the directory should be")
-    monkeypatch.setattr(jsonl, "_make_directory", lambda path: attempts.append(path) or make_path(path))
+    monkeypatch.setattr(jsonl, "make_directory", lambda path: attempts.append(path) or make_path(path))
     sink = make(directory=obstacle, on_drop=drops.on_drop)
     for number in range(10):
         assert sink.write(line(number)) is False

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from otel_odibi.errors import SettingError
+from otel_odibi.exporters.files import make_directory, reason_of
 from otel_odibi.exporters.segments import (
     NO_LOCKS,
     Segments,
@@ -40,15 +41,6 @@ __all__ = ["JsonlSink", "files", "read_lines", "safe_name"]
 
 _APPEND: Final = os.O_RDWR | os.O_APPEND | os.O_CREAT
 _STALE: Final = frozenset({errno.EBADF, errno.ESTALE})
-_REASONS: Final = {
-    errno.ENOSPC: "disk_full",
-    errno.EDQUOT: "disk_full",
-    errno.EROFS: "read_only",
-    errno.EACCES: "permission_denied",
-    errno.EPERM: "permission_denied",
-    errno.EMFILE: "too_many_open_files",
-    errno.ENFILE: "too_many_open_files",
-}
 _CHECK_SECONDS: Final = 1.0
 
 
@@ -114,15 +106,6 @@ def _identity(fd: int) -> tuple[int, int]:
     return info.st_dev, info.st_ino
 
 
-def _make_directory(directory: Path) -> None:
-    if directory.is_dir():
-        return
-    for folder in reversed((directory, *directory.parents)):
-        if not folder.exists():
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir(0o750)
-
-
 def _with_whole_lines(fd: int) -> int:
     """Return the locked file without a line that a crash has torn: the next record must not join it."""
     try:
@@ -134,7 +117,7 @@ def _with_whole_lines(fd: int) -> int:
 
 
 def _reason(exc: OSError | ValueError) -> str:
-    return _REASONS.get(exc.errno or 0, "io_error") if isinstance(exc, OSError) else "bad_path"
+    return reason_of(exc) if isinstance(exc, OSError) else "bad_path"
 
 
 class JsonlSink:
@@ -298,7 +281,7 @@ class JsonlSink:
 
     def _claim(self) -> tuple[Path, int]:
         """Open the first active file that nobody else holds. Raises OSError, ValueError."""
-        _make_directory(self._directory)
+        make_directory(self._directory)
         pid = os.getpid()
         for part in itertools.chain(("", f".{pid}"), (f".{pid}-{count}" for count in range(2, 1000))):
             path = self._segments.at(part)
