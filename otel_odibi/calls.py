@@ -6,7 +6,8 @@ import functools
 import gc
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
@@ -154,6 +155,20 @@ class Call:
         if tokens[1] is not None:
             otel_context.detach(tokens[1])
 
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """Make this call current for a block: in a pool's thread, a callback, wherever its engine runs its parts.
+
+        The call goes on after the block. May be used by several threads at once. Never raises of its own.
+        """
+        tokens = current.set(self), otel_context.attach(trace.set_span_in_context(self.span))
+        try:
+            yield
+        finally:
+            otel_context.detach(tokens[1])
+            with suppress(ValueError):  # left in another context than entered, as a callback may be
+                current.reset(tokens[0])
+
     def suspend(self) -> None:
         """Give the caller its own context back while a generator waits, keeping what is current inside it."""
         if self._rt is not None and not collecting():
@@ -253,12 +268,8 @@ class Run(Call):
     @harmless
     def skip(self, node: str, reason: str = "", *, layer: str = "", engine: str = "") -> None:
         """Report a node of this run that was not run: a span and a log line with outcome `skipped`. Never raises."""
-        tokens = current.set(self), otel_context.attach(trace.set_span_in_context(self.span))
-        try:
+        with self.inside():
             self.scope.skip(node, reason, layer, engine)
-        finally:
-            otel_context.detach(tokens[1])
-            current.reset(tokens[0])
 
     def last(self, node: str) -> Edge:
         """Return the edge from a node's last execution in this run; one without a span where there was none."""

@@ -13,11 +13,12 @@ or, with pytest, the fixture `odibi_capture`, which the package brings along.
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -68,6 +69,16 @@ class IncrementalIds(IdGenerator):
             return self._span
 
 
+class DagNode(NamedTuple):
+    """One execution of a node: what it depends on is told by its links, or by name where there is no span to link."""
+
+    outcome: str
+    rows: int | None = None
+    attempts: int = 1
+    after: tuple[str, ...] = ()
+    parent: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class MetricPoint:
     """One series of a metric: `value` is its total or last value; of a histogram the sum, with `count` and `counts`."""
@@ -111,6 +122,21 @@ class Capture:
         """Return the last finished span of this pipeline."""
         return self.span(names.PIPELINE_SPAN.format(name=name))
 
+    def dag(self) -> dict[str, DagNode]:
+        """Return the nodes executed, by name (the last of several of one name), to be compared with a whole DAG.
+
+            assert captured.dag()["join"] == DagNode("success", rows=3, after=("left", "right"), parent="pipeline etl")
+
+        `after` is sorted; `parent` is the name of the parent span.
+        """
+        spans = self.spans
+        by_id = {span.context.span_id: span for span in spans}
+        return {
+            str(span.attributes[names.NODE_NAME]): _dag_node(span, by_id)
+            for span in spans
+            if span.attributes and span.name == names.NODE_SPAN.format(name=span.attributes.get(names.NODE_NAME))
+        }
+
     @property
     def metrics(self) -> list[MetricPoint]:
         """Every series of every metric of this package."""
@@ -127,6 +153,48 @@ class Capture:
         """
         wanted = attributes.items()
         return sum(p.value for p in self.metrics if p.name == name and wanted <= p.attributes.items())
+
+
+def _dag_node(span: ReadableSpan, by_id: Mapping[int, ReadableSpan]) -> DagNode:
+    found: Mapping[str, Any] = span.attributes or {}
+    linked = [by_id[link.context.span_id] for link in span.links if link.context.span_id in by_id]
+    after = {str((producer.attributes or {}).get(names.NODE_NAME)) for producer in linked}
+    after.update(found.get(names.NODE_DEPENDS_ON, ()))
+    parent = by_id.get(span.parent.span_id) if span.parent else None
+    return DagNode(
+        found[names.NODE_OUTCOME], found.get(names.NODE_ROWS_OUT), found[names.NODE_ATTEMPT], tuple(sorted(after)),
+        "" if parent is None else parent.name,
+    )  # fmt: skip
+
+
+@contextmanager
+def untouched(package: str) -> Iterator[None]:
+    """Fail a test that leaves a loaded module or class of `package` with another attribute than it found.
+
+        with untouched("acme"):
+            AcmeInstrumentor().instrument()
+            AcmeInstrumentor().uninstrument()
+
+    Compares by identity, so that a wrapper left in place, or an equal copy, is told of by an AssertionError. Modules
+    that are first imported inside the block are not looked at: import the engine before.
+    """
+    before = _attributes_of(package)
+    yield
+    now = _attributes_of(package)
+    changed = [
+        f"{owner}.{name}" for owner, found in before.items() for name in {*found, *now.get(owner, found)}
+        if found.get(name) is not now.get(owner, found).get(name)
+    ]  # fmt: skip
+    assert not changed, f"changed and not put back: {', '.join(sorted(changed))}"  # noqa: S101
+
+
+def _attributes_of(package: str) -> dict[str, dict[str, Any]]:
+    modules = {n: m for n, m in list(sys.modules.items()) if m is not None and f"{n}.".startswith(f"{package}.")}
+    found = {name: dict(vars(module)) for name, module in modules.items()}
+    for name, module in modules.items():
+        owned = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == name]
+        found.update({f"{name}.{owner.__qualname__}": dict(vars(owner)) for owner in owned})
+    return found
 
 
 def _metric_point(name: str, point: Number | Distribution) -> MetricPoint:

@@ -180,7 +180,7 @@ def test_on_a_console_without_utf8(tmp_path: Path) -> None:
 
 def hint(directory: Path, program: str) -> list[str]:
     """Return the command of that program that the demo gives as a hint."""
-    from otel_odibi.cli import _hints
+    from otel_odibi.cli.running import _hints
 
     return next(words for line in _hints(directory).splitlines() if (words := shlex.split(line))[0] == program)
 

@@ -1,4 +1,4 @@
-"""The command `otel-odibi`."""
+"""Commands that run a program: `demo` and `run`."""
 
 from __future__ import annotations
 
@@ -9,24 +9,22 @@ import functools
 import importlib.machinery
 import io
 import itertools
-import json
 import os
 import pkgutil
 import runpy
 import shlex
-import shutil
 import signal
 import sys
 import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import click
 
-from otel_odibi import __version__
-from otel_odibi.errors import MissingExtraError, OdibiTelemetryError
+from otel_odibi.cli import FAILED, USAGE, cli, command_name
+from otel_odibi.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,72 +33,11 @@ if TYPE_CHECKING:
     from otel_odibi.store import Store
     from otel_odibi.telemetry import Telemetry
 
-FAILED: Final = 1
-"""Exit code where a run failed."""
-USAGE: Final = 2
-"""Exit code where the command cannot do what it was told to: also click's own."""
 FAST_ROWS: Final = 20_000
 """Rows of each table that `demo --fast` reads."""
 
 _SAFE_PATH: Final = bool(getattr(sys.flags, "safe_path", False))
 """Whether Python is to leave a program's folder out of `sys.path`; else the first entry there is this command's own."""
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, prog_name="otel-odibi")
-def cli() -> None:
-    """OpenTelemetry for data pipelines: see what your pipelines did, with no server.
-
-    \b
-    Examples:
-      otel-odibi demo                        a real pipeline, and all it leaves behind
-      otel-odibi demo --fail join_weather    the same, failing
-      otel-odibi demo --continuous           run after run, to fill dashboards
-      otel-odibi run etl.py --day 2026-01-31
-      otel-odibi run -m etl.daily
-      otel-odibi active /var/telemetry       what is under way
-      otel-odibi recover /var/telemetry      close the runs of processes that died
-      otel-odibi replay /var/telemetry       send what an endpoint that was away has not got
-      otel-odibi doctor                      is everything set up, and does the collector answer?
-
-    \b
-    Exit codes:
-      0  all went well
-      1  the run failed, or a check did
-      2  wrong usage: an option, a setting, a directory, or something not installed
-    """
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line, and exit the process with its exit code."""
-    try:
-        done = cli.main(args, _command(), standalone_mode=False, windows_expand_args=False)
-    except click.ClickException as exc:
-        exc.show()
-        sys.exit(exc.exit_code)
-    except click.Abort:
-        click.echo("interrupted", err=True)
-        sys.exit(FAILED)
-    except OdibiTelemetryError as exc:
-        click.echo(f"otel-odibi: {exc}", err=True)
-        sys.exit(USAGE)
-    if callable(done):  # a user's program: outside of click, which would take its interrupts and errors for its own
-        done()
-    else:
-        sys.exit(done)
-
-
-def _command() -> str:
-    """Return what to type to call this command again: its name where that finds it, else the way it was started."""
-    started, found = Path(sys.argv[0]), shutil.which("otel-odibi")
-    if found is not None and Path(found).resolve().with_suffix("") == started.resolve().with_suffix(""):
-        return "otel-odibi"
-    return (
-        shlex.quote(sys.executable) + " -m otel_odibi" if started.name == "__main__.py" else shlex.quote(str(started))
-    )
-
-
-# --- demo ------------------------------------------------------------------------------------------------------------
 
 
 @cli.command()
@@ -243,132 +180,10 @@ def _hints(directory: Path) -> str:
     return f"""\
 jq -r 'select(.level == "warning" or .level == "error") | .message' {log}
 duckdb -c {shlex.quote(slowest)}
-{_command()} demo --fail join_weather {shlex.quote(here)}"""
+{command_name()} demo --fail join_weather {shlex.quote(here)}"""
 
 
-# --- doctor ----------------------------------------------------------------------------------------------------------
-
-
-@cli.command()
-@click.argument("directory", required=False, type=click.Path(path_type=Path), metavar="[DIR]")
-@click.option("--prometheus", metavar="URL", help="Ask this Prometheus whether it has metrics of the service.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON array.")
-def doctor(directory: Path | None, prometheus: str | None, as_json: bool) -> int:
-    """Check that telemetry can go where the settings say: directory, port, collector, versions.
-
-    DIR is the telemetry directory, by default the one that is set, else "telemetry". Each check is one line: ok, warn
-    or fail, what was found, and the remedy. A collector gets a test span; nothing else is left behind. A check
-    takes at most 2 seconds. The exit code is 1 where a check fails.
-
-    \b
-    Examples:
-      otel-odibi doctor
-      OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4317 otel-odibi doctor
-      otel-odibi doctor --prometheus http://localhost:9090
-      otel-odibi doctor --json | jq '.[] | select(.status != "ok")'
-    """
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from otel_odibi.doctor import examine
-    from otel_odibi.report.texts import safe
-
-    console = Console(highlight=False)
-    findings = []
-    with console.status("checking") if console.is_terminal and not as_json else contextlib.nullcontext():
-        for finding in examine(directory, prometheus):
-            findings.append(finding)
-            if not (as_json or console.is_terminal):
-                remedy = f" -> {finding.remedy}" if finding.remedy else ""
-                click.echo(safe(f"{finding.status:<4}  {finding.check:<15}  {finding.found}{remedy}"))
-    if as_json:
-        click.echo(json.dumps([finding._asdict() for finding in findings], indent=2))
-    elif console.is_terminal:
-        table = Table("", "check", "found", "remedy", box=None, pad_edge=False)
-        for finding in findings:
-            style = {"ok": "green", "warn": "yellow", "fail": "bold red"}[finding.status]
-            table.add_row(Text(finding.status, style), *(Text(safe(text)) for text in (finding.check, *finding[2:])))
-        console.print(table)
-    return FAILED if any(finding.status == "fail" for finding in findings) else 0
-
-
-# --- after a crash, or an outage -------------------------------------------------------------------------------------
-
-
-_DIRECTORY: Final = click.argument(
-    "directory", default="telemetry", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="[DIR]"
-)
-
-
-@cli.command()
-@_DIRECTORY
-def recover(directory: Path) -> None:
-    """Close the runs of processes that died, and bring back their spans.
-
-    The next run that writes to DIR does so as well. What still runs is left alone.
-
-    \b
-    Example:
-      otel-odibi recover /var/telemetry
-    """
-    from otel_odibi.recovery import recover as bring_back
-    from otel_odibi.settings import Settings
-    from otel_odibi.spool import keep
-
-    waiting = functools.partial(keep, directory, "recovered.0-00000000")
-    done = bring_back(directory, parquet=Settings.load().parquet_uri, spool=waiting)
-    for line in done.runs:
-        nodes = [node["node_name"] for node in done.nodes if node.get("run_id") == line["run_id"]]
-        during = f" in {', '.join(nodes)}" if nodes else ""
-        click.echo(f"{line['pipeline']}  run {line['run_id']}  lost{during}, last heard of at {line['timestamp']}")
-    for line in done.nodes:
-        if not line.get("run_id"):
-            click.echo(f"node {line['node_name']}  lost, last heard of at {line['timestamp']}")
-    for problem in done.files:
-        click.echo(problem, err=True)
-    click.echo(f"{len(done.runs)} runs and {len(done.nodes)} nodes closed, {done.spans} spans brought back")
-
-
-@cli.command()
-@_DIRECTORY
-def active(directory: Path) -> None:
-    """Show the runs and nodes that are under way, as their processes told within the last seconds.
-
-    What has not been heard of for long may have died: `otel-odibi recover` closes it.
-
-    \b
-    Example:
-      otel-odibi active /var/telemetry
-    """
-    from otel_odibi.report.texts import duration, size
-    from otel_odibi.store import open as open_store
-
-    for found in open_store(directory).active():
-        what = f"  node {found.node}" if found.node else f"pipeline {found.pipeline}  run {found.run_id}"
-        heard = duration(max(0, time.time_ns() - found.heard_ns))
-        memory = "" if found.rss is None or found.node else f", {size(found.rss)} of memory"
-        click.echo(f"{what}  for {duration(found.heard_ns - found.start_ns)}{memory}, heard of {heard} ago")
-
-
-@cli.command()
-@_DIRECTORY
-@click.option("--endpoint", metavar="URL", help="Send it there, not where settings and environment say.")
-def replay(directory: Path, endpoint: str | None) -> int:
-    """Send what waits in DIR/spool for an OTLP endpoint that was away.
-
-    \b
-    Example:
-      otel-odibi replay /var/telemetry --endpoint http://localhost:4317
-    """
-    from otel_odibi.spool import replay as send
-
-    sent, lost, left = send(directory, endpoint)
-    click.echo(f"{sent} items delivered, {lost} refused for good, {left} left in {directory / 'spool'}")
-    return FAILED if left or lost else 0
-
-
-# --- run -------------------------------------------------------------------------------------------------------------
+# --- run --------------------------------------------------------------------------------------------------------------
 
 
 @cli.command(context_settings={"allow_interspersed_args": False})
