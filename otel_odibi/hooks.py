@@ -99,6 +99,22 @@ class EventBus(Bus):
 
         return cache_stats
 
+    def create_report_hook(
+        self,
+        directory: str | os.PathLike[str] | None = None,
+        reports: str | os.PathLike[str] | None = None,
+        keep: int = 50,
+    ) -> Callback:
+        """Return a hook that writes each run as one HTML file: `<pipeline>-<run id>.html` in the folder `reports`.
+
+        What it tells is read from the telemetry `directory`: by default the bus's own, and `reports` a folder in it.
+        The newest `keep` files stay. Raises `SettingError`; the hook raises OSError where it cannot write.
+        """
+        if directory is None and self._state_dir is not None:
+            directory = Path(self._state_dir).parent
+        create: Any = pkgutil.resolve_name("otel_odibi.report.hook:create")  # a floor above, loaded where it is wanted
+        return create(directory, reports, keep)  # type: ignore[no-any-return]
+
     def create_alert_hook(self, threshold_failed: int = 1, **options: Any) -> Alert:
         """Return a hook that alerts once when nodes fail, or as its options say: they are explained at `Alert`."""
         return Alert(self, threshold_failed, **{"state_dir": self._state_dir, "cleaner": self._cleaner, **options})
@@ -135,10 +151,11 @@ def declared(table: Mapping[str, Any], bus: EventBus, environ: Mapping[str, str]
         password_env = "SMTP_PASSWORD"       # the variable that holds it; `password` is the password itself
 
         [tool.otel-odibi.alerts.numbers]     # any other hook
-        hook = "metrics_export"              # summary, metrics_export, log_rotation, cache_stats, or "module:function"
+        hook = "metrics_export"              # summary, metrics_export, log_rotation, cache_stats, report, or
+                                             # "module:function"
         on = "pipeline_complete"             # the default
         priority = "low"                     # critical, high, medium (default), low
-        async_execution = true
+        async_execution = true               # the default for report
         export_dir = "metrics"               # whatever `create_metrics_export_hook` takes
         formats = ["parquet"]
 
@@ -162,7 +179,7 @@ _KEYS: Final = (
     "on", "pipeline", "condition", "value", "webhook", "webhook_env", "webhook_format", "email", "console",
     "quiet_seconds", "retries", "timeout", "recovery",
 )  # fmt: skip
-_STOCK: Final = ("summary", "metrics_export", "log_rotation", "cache_stats")
+_STOCK: Final = ("summary", "metrics_export", "log_rotation", "cache_stats", "report")
 
 
 def _event(name: object) -> str:
@@ -191,7 +208,7 @@ def _hook(name: str, options: dict[str, Any], bus: EventBus, environ: Mapping[st
         known = ", ".join(EventPriority.__members__).lower()
         raise SettingError("priority", priority.lower(), "unknown", f"choose from {known}")
     how = {"name": name, "priority": EventPriority[priority]}
-    how["async_execution"] = options.pop("async_execution", False) is True
+    how["async_execution"] = options.pop("async_execution", kind == "report") is True
     try:
         if kind in _STOCK:
             create = getattr(bus, f"create_{kind}_hook")

@@ -126,7 +126,7 @@ def test_the_whole_demo(tmp_path: Path) -> None:
     assert picture.startswith("✓ nycflights13  success in ")
     assert re.search(r"read_flights +ingest +→ 336,776 ", table)
     assert re.search(r"recent_weather +2 +transform +26,115 → +26,115 +\d+ MB miss ", table)
-    assert "✗    └ attempt 1" in table
+    assert "✗     └ attempt 1" in table
     assert re.search(r"spans +telemetry/spans/date=\*/\*\.parquet +17 spans ", places)
     for kind in ("logs", "spans, OTLP/JSON", "metrics", "metrics, JSON", "metrics, Prometheus", "results"):
         assert f"\n{kind} " in places
@@ -148,10 +148,10 @@ def test_a_failing_demo(directory: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (1, "")
     assert "✗ nycflights13  failure in " in done.stdout
     assert "✗ join_planes DataError: join_planes failed, as --fail asked" in done.stdout
-    assert "⊘ 13 publish" in done.stdout
+    assert "⊘  13 publish" in done.stdout
     assert re.search(r"recent_weather .* hit ", done.stdout)
     assert "Traceback" not in done.stdout
-    assert [run.outcome for run in store.open(again).runs()] == ["failure", "success"]
+    assert [run.outcome for run in store.open(again).summaries()] == ["failure", "success"]
 
 
 def test_an_unknown_node_is_wrong_usage(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_runs_keep_coming_until_there_are_enough(tmp_path: Path) -> None:
     assert [line[:2] for line in lines] == [["1", "success"], ["2", "success"], ["3", "success"], ["4", "failure"]]
     assert lines[3][6:] == ["clean_flights", "failed,", "as", "--fail", "asked"]
     opened = store.open(tmp_path / "telemetry")
-    runs = opened.runs()[::-1]
+    runs = opened.summaries()[::-1]
     assert [run.trace_id for run in runs] == [line[5] for line in lines]
     text = (tmp_path / "telemetry" / "prometheus" / "flights.prom").read_text()
     values = dict(line.rsplit(" ", 1) for line in text.splitlines())
@@ -281,7 +281,7 @@ def test_it_stops_cleanly(tmp_path: Path, stop: signal.Signals) -> None:
             rest, errors = process.communicate(timeout=60)
         assert (process.returncode, rest, errors) == (0, "", "")
         assert next(span.trace_id.hex() for span in collector.spans.values()) in line
-    assert [run.outcome for run in store.open(tmp_path / "here").runs()] == ["success"]
+    assert [run.outcome for run in store.open(tmp_path / "here").summaries()] == ["success"]
 
 
 @pytest.mark.parametrize("args", [["--runs", "2"], ["--interval", "0"], ["--continuous", "--fail", "publish"]])

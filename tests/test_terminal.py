@@ -68,22 +68,22 @@ def table(text: str) -> list[list[str]]:
 
 
 def test_a_run_at_a_hundred_columns() -> None:
-    """Header, a row for each node and attempt, totals, and what failed."""
+    """Header, a row for each node and attempt, those of the critical path marked, totals, and what failed."""
     assert [line.rstrip() for line in shown(RunView(RUN, NODES)).splitlines()] == [
         "✓ daily  success in 10.0 s  orders, 1970-01-01 00:00:00 UTC",
         "  run a1a1a1a1a1a1a1a1a1a1a1a1a1a1a1a1  trace b2b2b2b2b2b2b2b2b2b2b2b2b2b2b2b2",
         "",
-        "    node        depends on  layer       rows in → out memory cache   time 0 ───────────────── 10.0 s",
-        "✓ 1 read                    ingest          → 336,776 234 MB       5.00 s █████████████",
-        "✓ 2 clean       read        clean   336,776 → 327,346 300 MB hit   2.50 s              ██████▌",
-        "✓ 3 └ step                                                         500 ms                ▐▉",
-        "✓ 4 publish ↻2  read, clean publish                          miss  2.50 s                    ▐██████",
-        "✗   └ attempt 1                                                    1.00 s                   ██▊",
-        "✓   └ attempt 2                                                    1.00 s                     ▐██▍",
-        "⊘ 5 notify                                                                nobody asked",
+        "     node        depends on  layer       rows in → out memory cache   time 0 ──────────────── 10.0 s",
+        "✓┃ 1 read                    ingest          → 336,776 234 MB       5.00 s ████████████▌",
+        "✓┃ 2 clean       read        clean   336,776 → 327,346 300 MB hit   2.50 s             ▐█████▊",
+        "✓┃ 3 └ step                                                         500 ms                █▎",
+        "✓┃ 4 publish ↻2  read, clean publish                          miss  2.50 s                   ▐██████",
+        "✗    └ attempt 1                                                    1.00 s                  ▐██",
+        "✓    └ attempt 2                                                    1.00 s                     ██▌",
+        "⊘  5 notify                                                                nobody asked",
         "",
         "5 nodes, ✓ 4 success, ⊘ 1 skipped, ↻ 1 retried, cache 1 hit of 2, 664,122 rows out, memory up to 300",
-        "MB",
+        "MB, ┃ critical path: 4 nodes",
         "",
         "↻ publish, attempt 1 TimeoutError: the share did not answer",
     ]
@@ -128,7 +128,7 @@ def test_edges_as_row_numbers() -> None:
         for number in range(1, 5)
     ]
     last = node("sum", depends_on=("part 1", "part 2", "part 3", "part 4", "elsewhere"), links=("s1", "s2", "s4"))
-    assert table(shown(RunView(RUN, (*parts, last)), 80))[-1][:5] == ["✓", "5", "sum", "1-4", "elsewhere"]
+    assert table(shown(RunView(RUN, (*parts, last)), 80))[-1][:5] == ["✓┃", "5", "sum", "1-4", "elsewhere"]
 
 
 def test_a_pipeline_inside_a_run_is_marked() -> None:
@@ -144,7 +144,7 @@ def test_a_pipeline_inside_a_run_is_marked() -> None:
 def test_without_utf8_the_picture_is_plain_ascii() -> None:
     """A console of another encoding gets signs that it can show."""
     text = shown(RunView(RUN, NODES), encoding="ascii")
-    assert "x   ` attempt 1" in text
+    assert "x    ` attempt 1" in text
     assert "#####" in text
 
 

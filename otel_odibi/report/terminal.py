@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from otel_odibi.names import FAILURE, SKIPPED
+from otel_odibi.report.critical import critical_path
 from otel_odibi.report.texts import ASCII, STYLES, UNICODE, Signs, bar, duration, plural, reason, safe, size
 from otel_odibi.store import NodeView, RunSummary, RunView
 
@@ -39,7 +40,7 @@ class Waterfall:
         if self.view.nodes:
             yield _table(self.view, signs, options.max_width)
             yield Text()
-        yield _totals(self.view.nodes, signs)
+        yield _totals(self.view, signs)
         yield from _failures(self.view, signs)
 
 
@@ -56,9 +57,9 @@ def _header(run: RunSummary, signs: Signs) -> Iterator[Text]:
     yield Text(f"  run {safe(run.run_id)}  trace {safe(run.trace_id)}", "dim")
 
 
-def _totals(nodes: Sequence[NodeView], signs: Signs) -> Text:
-    """Return one line: nodes by outcome, retries, cache lookups, rows made, highest memory."""
-    executed = [node for node in nodes if not node.run_id]
+def _totals(view: RunView, signs: Signs) -> Text:
+    """Return one line: nodes by outcome, retries, cache lookups, rows made, highest memory, the critical path."""
+    executed = [node for node in view.nodes if not node.run_id]
     outcomes = Counter(node.outcome for node in executed)
     parts = [Text(plural(len(executed), "node"))]
     parts += [
@@ -74,6 +75,8 @@ def _totals(nodes: Sequence[NodeView], signs: Signs) -> Text:
     memory = max((node.rss or 0 for node in executed), default=0)
     if memory:
         parts.append(Text(f"memory up to {size(memory)}"))
+    if path := critical_path(view):
+        parts.append(Text(f"{signs.critical} critical path: {plural(len(path), 'node')}"))
     return Text(", ").join(parts)
 
 
@@ -113,19 +116,20 @@ class _Row(NamedTuple):
     colour: str
     number: int = 0
     node: NodeView | None = None
+    critical: bool = False
 
     @property
     def style(self) -> str:
         return "" if self.node is not None and self.outcome != SKIPPED else "dim"
 
 
-def _rows(nodes: Sequence[NodeView], signs: Signs) -> Iterator[_Row]:
-    layers = list(dict.fromkeys(node.layer for node in nodes))
-    for number, node in enumerate(nodes, 1):
+def _rows(view: RunView, signs: Signs) -> Iterator[_Row]:
+    layers, critical = list(dict.fromkeys(node.layer for node in view.nodes)), critical_path(view)
+    for number, node in enumerate(view.nodes, 1):
         colour = _COLOURS[layers.index(node.layer) % len(_COLOURS)]
         note = " (pipeline)" if node.run_id else f" {signs.retry}{node.attempt}" if node.attempt > 1 else ""
         label = _indented(safe(node.name) + note, node.depth, signs)
-        yield _Row(label, node.outcome, node.start_ns, node.duration_ns, colour, number, node)
+        yield _Row(label, node.outcome, node.start_ns, node.duration_ns, colour, number, node, number - 1 in critical)
         for attempt in node.attempts:
             label = _indented(f"attempt {attempt.number}", node.depth + 1, signs)
             yield _Row(label, attempt.outcome, attempt.start_ns, attempt.duration_ns, colour)
@@ -142,7 +146,7 @@ def _cut(text: str, width: int, signs: Signs) -> str:
 
 def _table(view: RunView, signs: Signs, width: int) -> Table:
     """Return the table with the first choice of columns that leaves the bars their room."""
-    rows, gap = list(_rows(view.nodes, signs)), 2 if width >= 120 else 1
+    rows, gap = list(_rows(view, signs)), 2 if width >= 120 else 1
     cells = _cells(rows, signs, max(8, width // 4))
     headers = {key: _HEADERS[key].replace("->", signs.arrow) for key in _HEADERS}
     widths = {key: max(cell_len(headers[key]), *(row[key].cell_len for row in cells)) for key in headers}
@@ -202,6 +206,7 @@ def _cells(rows: Sequence[_Row], signs: Signs, limit: int) -> list[dict[str, Tex
     for row in rows:
         cells = dict.fromkeys(_HEADERS, Text())
         cells["outcome"] = Text(signs.outcomes.get(row.outcome, "?"), STYLES.get(row.outcome, ""))
+        cells["outcome"].append(signs.critical if row.critical else " ", "default")
         cells["node"] = Text(_cut(row.label, limit, signs), row.style)
         cells["time"] = Text("" if row.outcome == SKIPPED else duration(row.duration_ns), row.style)
         node = row.node

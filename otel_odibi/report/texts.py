@@ -17,6 +17,7 @@ class Signs(NamedTuple):
 
     outcomes: dict[str, str]
     retry: str
+    critical: str
     arrow: str
     inside: str
     cut: str
@@ -25,10 +26,10 @@ class Signs(NamedTuple):
     right_half: str
 
 
-_OUTCOMES: Final = (SUCCESS, FAILURE, CANCELLED, SKIPPED, LOST)
-UNICODE: Final = Signs(dict(zip(_OUTCOMES, "✓✗◼⊘?", strict=True)), "↻", "→", "└ ", "…", "─", " ▏▎▍▌▋▊▉█", "▐")
-ASCII: Final = Signs(dict(zip(_OUTCOMES, "+x!-?", strict=True)), "r", "->", "` ", "..", "-", " ########", "#")
-STYLES: Final = {SUCCESS: "green", FAILURE: "bold red", CANCELLED: "yellow", SKIPPED: "dim", LOST: "magenta"}
+_OUTCOMES: Final = (SUCCESS, FAILURE, CANCELLED, SKIPPED, LOST, "running")
+UNICODE: Final = Signs(dict(zip(_OUTCOMES, "✓✗◼⊘?▸", strict=True)), "↻", "┃", "→", "└ ", "…", "─", " ▏▎▍▌▋▊▉█", "▐")
+ASCII: Final = Signs(dict(zip(_OUTCOMES, "+x!-?>", strict=True)), "r", "*", "->", "` ", "..", "-", " ########", "#")
+STYLES: Final = dict(zip(_OUTCOMES, ("green", "bold red", "yellow", "dim", "magenta", "blue"), strict=True))
 _UNPRINTABLE: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]+")
 
 
