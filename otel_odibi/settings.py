@@ -300,6 +300,11 @@ class Settings:
     measure: bool = _setting(True, "Measure rows, bytes and columns of arguments and results.", _flag)
     redact_keys: tuple[str, ...] = _setting((), "Further field names whose values are secret.", _items)
     redact_patterns: tuple[str, ...] = _setting((), "Further regular expressions whose matches are secret.", _patterns)
+    inherit_context: bool = _setting(
+        True,
+        "Begin in the trace and run that TRACEPARENT, TRACESTATE and BAGGAGE tell of, where nothing else is current.",
+        _flag,
+    )
     exit_timeout: float = _setting(
         2.0,
         "Longest time that shutdown may take when the process ends, in seconds.",
@@ -324,24 +329,26 @@ class Settings:
     @classmethod
     def resolve(cls, arguments: Mapping[str, Any], environ: Mapping[str, str], project: Mapping[str, Any]) -> Settings:
         """Collect the settings from these three sources and check them; see `load`."""
-        given = {name: value for name, value in arguments.items() if value is not None}
-        fields = {f.name: f for f in dataclasses.fields(cls)}
-        for source, names in (("", given), ("[tool.otel-odibi] ", project)):
-            for name in names:
-                if name not in fields:
-                    remedy = f"choose from {', '.join(sorted(fields))}"  # the value may be a secret: it is not shown
-                    raise SettingError(source + name, "[hidden]", "there is no such setting", remedy)
-        values = {name: _resolve(f, given, environ, project) for name, f in fields.items()}
+        values = collect(cls, arguments, environ, project)
+        given = {name for name, value in arguments.items() if value is not None}
         decided = "enabled" in given or environ.get(f"{PREFIX}ENABLED", "").strip()
         if not decided and environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
             values["enabled"] = False
-        if "service_name" not in given and values["service_name"] == fields["service_name"].default:
+        if "service_name" not in given and values["service_name"] == cls.__dataclass_fields__["service_name"].default:
             values["service_name"] = values["resource"].get("service.name", "").strip() or values["service_name"]
         return cls(**values)
 
     def worker_copy(self) -> dict[str, Any]:
-        """Return the settings to hand to a worker process: all but those with secrets, which it reads for itself."""
-        return {name: value for name, value in self._public().items() if _without_login(str(value)) == str(value)}
+        """Return the settings to hand to a worker process: all but those with secrets, which it reads for itself.
+
+        The directory is absolute, as a worker may run elsewhere; the port of the endpoint stays with this process.
+        """
+        given = {
+            name: value for name, value in self._public().items()
+            if _without_login(str(value)) == str(value) or name.startswith("redact_")
+        }  # fmt: skip
+        place = None if self.directory is None else str(self.directory.absolute())
+        return {**given, "directory": place, "prometheus_port": ""}
 
     def _public(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.metadata["secret"]}
@@ -352,8 +359,29 @@ class Settings:
         return f"Settings({', '.join(f'{name}={_without_login(repr(value))}' for name, value in changed.items())})"
 
 
+def collect(
+    declared: type[Any],
+    arguments: Mapping[str, Any],
+    environ: Mapping[str, str],
+    project: Mapping[str, Any],
+    table: str = "[tool.otel-odibi] ",
+) -> dict[str, Any]:
+    """Return the checked values of all fields of a class of settings, from these three sources and the defaults.
+
+    Raises `SettingError` for an unknown name or a wrong value.
+    """
+    given = {name: value for name, value in arguments.items() if value is not None}
+    fields = {f.name: f for f in dataclasses.fields(declared)}
+    for source, names in (("", given), (table, project)):
+        for name in names:
+            if name not in fields:
+                remedy = f"choose from {', '.join(sorted(fields))}"  # the value may be a secret: it is not shown
+                raise SettingError(source + name, "[hidden]", "there is no such setting", remedy)
+    return {name: _resolve(f, given, environ, project, table) for name, f in fields.items()}
+
+
 def _resolve(
-    f: dataclasses.Field[Any], given: Mapping[str, Any], env: Mapping[str, str], project: Mapping[str, Any]
+    f: dataclasses.Field[Any], given: Mapping[str, Any], env: Mapping[str, str], project: Mapping[str, Any], table: str
 ) -> Any:
     own = PREFIX + f.name.upper()
     if f.name in given:
@@ -365,7 +393,7 @@ def _resolve(
         if text:
             return _checked(f, variable, text, f.metadata["scale"])
     if f.name in project:
-        return _checked(f, f"[tool.otel-odibi] {f.name}", project[f.name])
+        return _checked(f, f"{table}{f.name}", project[f.name])
     return {} if f.metadata["check"] is _mapping else f.default
 
 
@@ -400,9 +428,18 @@ def read_project(start: Path) -> dict[str, Any]:
 
 def project_alerts(start: Path | None = None) -> Mapping[str, Any]:
     """Return `[tool.otel-odibi.alerts]` of the nearest pyproject.toml; raises as `read_project` does."""
-    table = _project_table(start or _current_directory()).get("alerts", {})
+    return _sub_table("alerts", "write [tool.otel-odibi.alerts.NAME]", start)
+
+
+def project_check(start: Path | None = None) -> Mapping[str, Any]:
+    """Return `[tool.otel-odibi.check]` of the nearest pyproject.toml; raises as `read_project` does."""
+    return _sub_table("check", "write [tool.otel-odibi.check]", start)
+
+
+def _sub_table(name: str, remedy: str, start: Path | None) -> Mapping[str, Any]:
+    table = _project_table(start or _current_directory()).get(name, {})
     if not isinstance(table, Mapping):
-        raise SettingError("[tool.otel-odibi] alerts", table, "not a table", "write [tool.otel-odibi.alerts.NAME]")
+        raise SettingError(f"[tool.otel-odibi] {name}", table, "not a table", remedy)
     return table
 
 

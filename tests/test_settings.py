@@ -47,11 +47,13 @@ SOURCES = {
     "measure": (False, "true", False),
     "redact_keys": (("a", "b"), "c,d", ["e"]),
     "redact_patterns": (("a", "b"), "c,d", ["e"]),
+    "inherit_context": (False, "true", False),
     "exit_timeout": (1.0, "2", 3),
 }
 FROM_TEXT = {
     "directory": Path("b"), "resource": {"k": "b"}, "otlp_headers": {"k": "b"}, "enabled": True, "logs": True,
-    "capture_logging": False, "otlp_logs": False, "measure": True, "span_formats": ("json", "parquet"),
+    "capture_logging": False, "otlp_logs": False, "measure": True, "inherit_context": True,
+    "span_formats": ("json", "parquet"),
     "metric_formats": ("textfile", "json"), "redact_keys": ("c", "d"), "redact_patterns": ("c,d",),
 }  # fmt: skip
 FROM_TOML = {
@@ -161,6 +163,7 @@ WRONG = {
     "metric_interval": [0, -5],
     "cardinality_limit": [0],
     "measure": ["x"],
+    "inherit_context": ["x"],
     "redact_keys": [5],
     "redact_patterns": ["(", [b"x"], 5, "a*", ["ok", "["], [5]],
     "exit_timeout": [-1, 601],
@@ -258,10 +261,11 @@ def test_a_login_within_a_wrong_url_is_not_shown_either(name):
 
 
 def test_a_worker_makes_the_same_settings_of_its_copy():
-    """All that is no secret travels."""
+    """All that is no secret travels, to a process that may run elsewhere and finds the port taken."""
     settings = Settings.resolve({name: argument for name, (argument, *_) in SOURCES.items()}, {}, {})
     copied = Settings.resolve(settings.worker_copy(), {}, {})
-    assert copied == dataclasses.replace(settings, otlp_headers={})
+    kept = {"otlp_headers": {}, "directory": Path("a").absolute(), "prometheus_port": None}
+    assert copied == dataclasses.replace(settings, **kept)
 
 
 def test_the_repr_shows_what_differs_from_the_defaults():

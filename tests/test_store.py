@@ -13,6 +13,7 @@ import pytest
 
 import otel_odibi as oo
 from otel_odibi import StoreError, store
+from otel_odibi.store.views import Span
 from otel_odibi.testing import START, Capture, capture
 
 
@@ -61,7 +62,7 @@ def nodes(directory: Path, run_id: str) -> dict[str, store.NodeView]:
 
 def test_runs_come_newest_first(directory: Path) -> None:
     """Newest is what ended last, so that a run comes before those inside it."""
-    runs = store.open(str(directory)).runs()
+    runs = store.open(str(directory)).summaries()
     assert [run.pipeline for run in runs] == ["hourly", "daily", "nested"]
     assert [run.run_id for run in runs] == ["run-3", "run-1", "run-2"]
 
@@ -172,21 +173,21 @@ def test_foreign_files_are_passed_over(directory: Path) -> None:
     for name in (".half-written.parquet", "notes.txt", "x.parquet.tmp", "._part.parquet"):
         (date / name).write_bytes(b"PAR1 nonsense")
     (directory / "spans" / "x.parquet").write_bytes(b"nonsense")
-    assert len(store.open(directory).runs()) == 3
+    assert len(store.open(directory).summaries()) == 3
 
 
 def test_a_span_in_two_files_counts_once(directory: Path) -> None:
     """As while files are being compacted."""
     [path] = directory.glob("spans/*/*.parquet")
     path.with_name("copy.parquet").write_bytes(path.read_bytes())
-    assert len(store.open(directory).runs()) == 3
+    assert len(store.open(directory).summaries()) == 3
 
 
 def test_attributes_that_are_no_numbers_are_unknown(directory: Path) -> None:
     """Attributes are texts in the files, and anyone may have written them."""
     attributes = [("rows", "many"), ("hit", "yes"), ("list", '{"a": 1}'), ("broken", "[1"), ("deps", '["a", 1]')]
     ids = {"SpanId": "", "ParentSpanId": "", "Timestamp": 0, "Duration": 0}
-    read = store._Span({**ids, "SpanAttributes": attributes})
+    read = Span({**ids, "SpanAttributes": attributes})
     assert [read.value(key, int) for key in ("rows", "none")] == [None, None]
     assert read.value("hit", bool) is None
     assert [read.value(key, list) for key in ("list", "broken", "none")] == [None, None, None]
@@ -212,7 +213,7 @@ def test_no_such_directory(tmp_path: Path) -> None:
 def test_a_directory_without_runs(tmp_path: Path) -> None:
     """There are none to list, and none to be the last."""
     opened = store.open(tmp_path)
-    assert opened.runs() == ()
+    assert opened.summaries() == ()
     assert opened.files() == ()
     with pytest.raises(StoreError, match=r"no finished run in .*; run a pipeline"):
         opened.run()
@@ -229,20 +230,51 @@ def test_a_run_that_is_not_there_or_not_alone(directory: Path) -> None:
         opened.run("run-")
 
 
-def test_a_damaged_file_is_named(directory: Path) -> None:
-    """A file under a name of ours that is no Parquet is an error, not a run less."""
+def test_a_damaged_file_is_named_and_the_rest_is_answered(directory: Path) -> None:
+    """What is under a name of ours and cannot be read is told of in one line, once, and is a file less, no error."""
     [date] = directory.glob("spans/*")
+    [good] = date.glob("*.parquet")
     (date / "0-damaged.parquet").write_bytes(b"PAR1 nonsense")
-    with pytest.raises(StoreError, match=r"0-damaged\.parquet.*move the bad file away"):
-        store.open(directory).runs()
+    (date / "1-torn.parquet").write_bytes(good.read_bytes()[:-100])
+    (date / "2-empty.parquet").write_bytes(b"")
+    pq.write_table(pa.table({"SpanName": [1]}), date / "3-foreign.parquet")
+    told: list[str] = []
+    opened = store.open(directory, on_problem=told.append)
+    for _ in range(2):
+        assert len(opened.summaries()) == 3
+        assert len(opened.run("run-1").nodes) == 7
+    assert [text.partition(": ")[0] for text in sorted(told)] == [
+        f"spans/{date.name}/{name}.parquet" for name in ("0-damaged", "1-torn", "2-empty", "3-foreign")
+    ]
+    assert "it has no column SpanId, Timestamp, TraceId" in max(told)
+    assert not any("\n" in text for text in told)
 
 
-def test_a_file_of_another_schema_is_named(directory: Path) -> None:
-    """So is a Parquet file with other columns."""
+def test_problems_are_logged_unless_somebody_listens(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As a warning, once a file."""
     [date] = directory.glob("spans/*")
-    pq.write_table(pa.table({"SpanName": [1]}), date / "0-foreign.parquet")
-    with pytest.raises(StoreError, match="cannot read the spans"):
-        store.open(directory).runs()
+    (date / "damaged.parquet").write_bytes(b"nonsense")
+    opened = store.open(directory)
+    assert len(opened.summaries()) == len(opened.summaries()) == 3
+    [warning] = caplog.records
+    assert warning.getMessage().startswith(f"spans/{date.name}/damaged.parquet: ")
+
+
+def test_columns_that_a_foreign_file_has_not_are_null(directory: Path) -> None:
+    """As in files written by others in the same schema, with other types that mean the same."""
+    [path] = directory.glob("spans/*/*.parquet")
+    table = pq.read_table(path, partitioning=None).select(
+        ["Timestamp", "TraceId", "SpanId", "SpanName", "SpanAttributes"]
+    )
+    table = table.set_column(0, "Timestamp", table["Timestamp"].cast(pa.timestamp("us"), safe=False))
+    pq.write_table(table, path, compression="snappy")
+    opened = store.open(directory)
+    assert [run.pipeline for run in opened.summaries()] == ["hourly", "nested", "daily"]  # by their beginnings
+    assert nodes(directory, "run-1")["join"].rows_out == 7
+    assert opened.spans(name="node join", columns=["ServiceName", "Events"]).to_pylist() == [
+        {"ServiceName": None, "Events": None}
+    ]
+    assert opened.executions(node="join")["rows_out"].to_pylist() == [7]
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

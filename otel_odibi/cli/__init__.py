@@ -31,15 +31,15 @@ def cli() -> None:
 
     \b
     Examples:
-      otel-odibi demo                        a real pipeline, and all it leaves behind
-      otel-odibi demo --fail join_weather    the same, failing
-      otel-odibi demo --continuous           run after run, to fill dashboards
-      otel-odibi run etl.py --day 2026-01-31
-      otel-odibi run -m etl.daily
-      otel-odibi active /var/telemetry       what is under way
-      otel-odibi recover /var/telemetry      close the runs of processes that died
-      otel-odibi replay /var/telemetry       send what an endpoint that was away has not got
-      otel-odibi doctor                      is everything set up, and does the collector answer?
+      otel-odibi demo                    a real pipeline, and all it leaves behind
+      otel-odibi run etl.py              a program of yours, its engine included
+      otel-odibi runs                    which runs there were, and which are under way
+      otel-odibi trace                   the last run as a waterfall
+      otel-odibi logs --level error      what went wrong
+      otel-odibi report --open           the last run as a page in the browser
+      otel-odibi check                   is the newest run worse than those before it?
+      otel-odibi doctor                  is everything set up, and does the collector answer?
+      otel-odibi recover                 close the runs of processes that died
 
     \b
     Exit codes:
@@ -78,4 +78,4 @@ def command_name() -> str:
     )
 
 
-from otel_odibi.cli import health, running  # noqa: E402, F401 - they add their commands to the group above
+from otel_odibi.cli import gating, health, looking, reporting, running  # noqa: E402, F401 - they add their commands to the group above

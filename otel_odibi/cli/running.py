@@ -82,7 +82,9 @@ def demo(
     run_id, succeeded = _watched(work, directory, console)
     opened = store.open(directory)
     picture = Waterfall(opened.run(run_id))
-    console.print("", picture, "", "[bold]Where everything is[/]", _files(opened), "", "[bold]What next[/]", sep="\n")
+    console.print(
+        "", picture, "", "[bold]Where everything is[/]", _files(opened, directory), "", "[bold]What next[/]", sep="\n"
+    )
     console.print(_hints(directory), markup=False, soft_wrap=True)
     if svg is not None:
         drawing = Console(record=True, width=100, file=io.StringIO(), force_terminal=True)
@@ -154,7 +156,7 @@ def _watched(work: Callable[[], None], directory: Path, console: Console) -> tup
     return progress.run_ids[0], True
 
 
-def _files(opened: Store) -> Table:
+def _files(opened: Store, directory: Path) -> Table:
     """Return a table of where everything is: telemetry, and the results."""
     from rich.table import Table
     from rich.text import Text
@@ -162,12 +164,12 @@ def _files(opened: Store) -> Table:
     from otel_odibi.report.texts import plural, size
     from otel_odibi.store import Files
 
-    results = [path.stat().st_size for path in opened.directory.glob("published/*.csv")]
+    results = [path.stat().st_size for path in directory.glob("published/*.csv")]
     results_row = Files("results", "published/*.csv", len(results), sum(results), len(results), "file")
     grid = Table.grid(padding=(0, 2))
     for found in (*opened.files(), results_row):
         number = "" if found.records is None else plural(found.records, found.unit)
-        where = Text((opened.directory / found.path).as_posix(), overflow="fold")
+        where = Text((directory / found.path).as_posix(), overflow="fold")
         grid.add_row(Text(found.signal, "bold"), where, number, Text(size(found.bytes), justify="right"))
     return grid
 
@@ -188,32 +190,50 @@ duckdb -c {shlex.quote(slowest)}
 
 @cli.command(context_settings={"allow_interspersed_args": False})
 @click.option("-m", "as_module", is_flag=True, help="TARGET is a module, to be found as python -m finds it.")
+@click.option("--integrations", metavar="NAMES", help="Engines to instrument, as in dask,kedro, or none; else all.")
 @click.argument("target")
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
-def run(target: str, args: tuple[str, ...], as_module: bool) -> Callable[[], None]:
+def run(target: str, args: tuple[str, ...], as_module: bool, integrations: str | None) -> Callable[[], None]:
     """Run a Python script or module with telemetry on, as python itself would run it.
 
     Settings come from OTEL_ODIBI_* and OTEL_* variables and [tool.otel-odibi] in pyproject.toml. Where they name no
-    place for telemetry to go, it goes to the directory "telemetry". A configure() in the program itself wins. The exit
-    code is the program's own.
+    place for telemetry to go, it goes to the directory "telemetry". A configure() in the program itself wins. Engines
+    are instrumented when the program imports them. The exit code is the program's own.
 
     \b
     Examples:
       otel-odibi run etl.py --day 2026-01-31
       otel-odibi run -m etl.daily
+      otel-odibi run --integrations none etl.py
       OTEL_ODIBI_DIRECTORY=/var/telemetry otel-odibi run etl.py
     """
+    from otel_odibi.integrations import enable
     from otel_odibi.process import configure
     from otel_odibi.settings import Settings
     from otel_odibi.telemetry import wants_otlp
 
+    engines = _engines(integrations)
     settings = Settings.load()
     placed = settings.directory or settings.parquet_uri or settings.prometheus_port is not None
     program = functools.partial(_module if as_module else _script, target)
     interrupted: list[BaseException] = []
     atexit.register(_stay_interrupted, interrupted)  # called last, when telemetry is shut down
     configure(directory=None if placed or wants_otlp(settings, "TRACES") else "telemetry")
+    enable(engines)
     return functools.partial(_as_python, program, ["-m" if as_module else target, *args], interrupted)
+
+
+def _engines(integrations: str | None) -> list[str]:
+    """Return the names of the integrations to enable, after a look at whether there are such."""
+    from otel_odibi.integrations import known
+
+    names = list(known())
+    asked = names if integrations is None else [] if integrations == "none" else integrations.split(",")
+    for name in asked:
+        if name not in names:
+            choice = ", ".join([*names, "none"])
+            raise click.BadParameter(f"there is no {name!r}; choose from {choice}", param_hint="--integrations")
+    return asked
 
 
 def _as_python(program: Callable[[], None], argv: list[str], interrupted: list[BaseException]) -> None:

@@ -1,376 +1,299 @@
-"""Reads a telemetry directory: the runs in it and their nodes, from the files alone.
+"""Reads a telemetry directory: runs, nodes, spans, metrics and logs, from the files alone, local or on an object store.
 
-    store.open("telemetry").run("last").nodes
+::
 
-Spans come from the Parquet files, whoever wrote them; files of other kinds and names that start with a dot are passed
-over. Identifiers are lower-case hexadecimal, times Unix nanoseconds, durations nanoseconds, sizes bytes. All that is
-returned is immutable; a `Store` holds nothing but its path, so what is written later is seen by the next call.
-Importing this module imports pyarrow.
+    opened = store.open("telemetry")          # or "s3://bucket/prefix", or any URI that pyarrow knows
+    opened.run("last").nodes                  # views of one run
+    opened.nodes(pipeline="daily")            # pyarrow Tables: .to_pandas(), .to_pylist(), ...
+    opened.records(level="error")             # log lines
+    opened.sql("SELECT * FROM runs")
+
+A file that cannot be read is told of and passed over, everything else is answered; so are files of other kinds and
+names that start with a dot. Columns that a foreign file has not are null. Identifiers are lower-case hexadecimal,
+`..._ns` Unix nanoseconds, `..._s` seconds, sizes bytes. A `Store` keeps nothing of what it reads, so what is written
+later is seen by the next call. Importing this module imports pyarrow.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from threading import Event
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
-import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 
-from otel_odibi import names
 from otel_odibi.errors import StoreError
-from otel_odibi.exporters.jsonl import files, read_lines
-from otel_odibi.exporters.segments import parse, pattern, safe_name
-from otel_odibi.facts import Failure
-from otel_odibi.liveness import read_state
-from otel_odibi.names import FAILURE, SUCCESS
+from otel_odibi.exporters.files import Target
+from otel_odibi.store import alive, lines, spans, tables
+from otel_odibi.store.facts import among, begins
+from otel_odibi.store.files import Files, listed
+from otel_odibi.store.lines import LEVELS, Record, Wanted
+from otel_odibi.store.parquet import EVER, Part, clashes, distinct, each, parted, parts, steady
+from otel_odibi.store.place import Place, Problem
+from otel_odibi.store.tables import EXECUTIONS, RUNNING, Asked
+from otel_odibi.store.views import (
+    Active,
+    AttemptView,
+    NodeView,
+    RunSummary,
+    RunView,
+    Span,
+    as_rows,
+    nodes_of,
+    summary_of,
+)  # fmt: skip
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from otel_odibi.store.compaction import Compacted
+
+__all__ = [
+    "LAST", "LEVELS", "RUNNING", "Active", "AttemptView", "Files", "NodeView", "RunSummary", "RunView", "Store", "open",
+]  # fmt: skip
 
 LAST: Final = "last"
 """In place of a run id: the run that ended last, so never one inside another."""
-
-# Timestamps become integers, as there is no exact Python type for them.
-_EVENT: Final = {"Timestamp": pa.int64(), "Name": pa.string(), "Attributes": pa.map_(pa.string(), pa.string())}
-_CASTS: Final = {"Timestamp": pa.int64(), "Events": pa.list_(pa.struct(list(_EVENT.items())))}
-_PLAIN: Final = (
-    "TraceId", "SpanId", "ParentSpanId", "SpanName", "ServiceName", "SpanAttributes", "Duration", "StatusCode",
-    "StatusMessage", "Links",
-)  # fmt: skip
-_COLUMNS: Final = {name: pc.field(name) for name in _PLAIN} | {n: pc.field(n).cast(kind) for n, kind in _CASTS.items()}
+_SLACK: Final = 3600 * 10**9  # by which clocks may differ
+_RUN: Final = (*tables.RUN_COLUMNS, "Events")
 
 
-class AttemptView(NamedTuple):
-    """One attempt of a node that was tried more than once."""
+def schemas() -> dict[str, pa.Schema]:
+    """Return the schemas of the datasets, by folder."""
+    from otel_odibi.exporters.tables import SCHEMAS
 
-    number: int
-    outcome: str
-    start_ns: int
-    duration_ns: int
-    failure: Failure | None
-
-
-@dataclass(frozen=True, slots=True)
-class NodeView:
-    """One execution of a node; or a pipeline run inside the run: it has a `run_id`, and no data facts.
-
-    `depth` is 0 for a node of the run itself, 1 for one inside that, and so on. `depends_on` names the nodes whose
-    results went in; `links` holds the span ids of those that are known. `attempts` is empty if the first succeeded.
-    """
-
-    name: str
-    outcome: str
-    span_id: str
-    parent_span_id: str
-    start_ns: int
-    duration_ns: int
-    layer: str = ""
-    engine: str = ""
-    depth: int = 0
-    run_id: str = ""
-    rows_in: int | None = None
-    rows_out: int | None = None
-    bytes_out: int | None = None
-    rss: int | None = None
-    cache_hit: bool | None = None
-    attempt: int = 1
-    depends_on: tuple[str, ...] = ()
-    links: tuple[str, ...] = ()
-    skip_reason: str = ""
-    failure: Failure | None = None
-    attempts: tuple[AttemptView, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class RunSummary:
-    """One finished run of a pipeline."""
-
-    pipeline: str
-    run_id: str
-    service: str
-    outcome: str
-    trace_id: str
-    span_id: str
-    start_ns: int
-    duration_ns: int
-    failure: Failure | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RunView:
-    """One finished run and its nodes, in the order in which they began, each followed by those inside it."""
-
-    run: RunSummary
-    nodes: tuple[NodeView, ...]
-
-
-class Active(NamedTuple):
-    """A run, or where `node` is not empty a node, under way when its process was last heard of, at `heard_ns`."""
-
-    service: str
-    host: str
-    pipeline: str
-    run_id: str
-    node: str
-    trace_id: str
-    span_id: str
-    start_ns: int
-    heard_ns: int
-    rss: int | None
-
-
-class Files(NamedTuple):
-    """The files of one kind. `path`, relative to the directory, is a pattern where it stands for several.
-
-    `records` counts what they hold, of which one is a `unit`; None where they are no list of anything.
-    """
-
-    signal: str
-    path: str
-    files: int
-    bytes: int
-    records: int | None
-    unit: str
+    return SCHEMAS
 
 
 class Store:
-    """A telemetry directory, open for reading. Thread-safe: it keeps no state.
+    """A telemetry directory, open for reading. Thread-safe.
 
-    Raises StoreError if there is no such directory.
+    `on_problem(text)` is told, once each, of files that cannot be read; by default they are logged as warnings. Raises
+    StoreError if there is no such directory. Methods raise StoreError for what is asked for and not there, nothing
+    else, whatever lies in the directory.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self.directory = Path(directory)
-        if not self.directory.is_dir():
-            where = repr(str(directory))
-            remedy = f"run a pipeline after configure(directory={where}), or name another"
-            raise StoreError(f"there is no telemetry directory {where}; {remedy}")
+    def __init__(self, directory: str | os.PathLike[str], on_problem: Problem | None = None) -> None:
+        self._place, self._target = Place(directory, on_problem), Target(directory)
+        self.directory = self._place.directory
 
-    def runs(self) -> tuple[RunSummary, ...]:
-        """Return the finished runs, the one that ended last first. Raises StoreError where a file cannot be read."""
-        of_runs = pc.starts_with(pc.field("SpanName"), names.PIPELINE_SPAN.format(name=""))
-        spans = self._spans((pc.field("ScopeName") == names.SCOPE) & of_runs)
-        found = [_summary(span) for span in spans if span.text(names.PIPELINE_RUN_ID)]
-        return tuple(sorted(found, key=lambda run: (run.start_ns + run.duration_ns, -run.start_ns), reverse=True))
+    # --- views ---------------------------------------------------------------------------------------------------
+
+    def summaries(
+        self, pipeline: str = "", since_ns: int | None = None, limit: int | None = None
+    ) -> tuple[RunSummary, ...]:
+        """Return the finished runs, the one that ended last first."""
+        found = tables.by_end(self._runs(_RUN, pipeline, since_ns))
+        finished = found.filter(pc.invert(among(found["outcome"], [RUNNING])))
+        return tuple(map(summary_of, as_rows(finished.slice(0, limit))))
 
     def run(self, run_id: str = LAST) -> RunView:
         """Return one run: by its id, by the beginning of its id, or the "last" that ended.
 
-        Raises StoreError where there is no such run, or several, and where a file cannot be read.
+        A run in progress has the outcome "running" (or "lost", where its process is silent), and its nodes so far.
+        Raises StoreError where there is no such run, or several.
         """
         run = self._find(run_id)
-        return RunView(run, tuple(_nodes(run, self._spans(pc.field("TraceId") == run.trace_id))))
+        stored = spans.find(
+            self._place, tables.SPANS.names, tables.SPANS, trace=run.trace_id, since_ns=run.start_ns - _SLACK
+        )
+        rows = [*as_rows(alive.rows_under_way(self._place)), *as_rows(stored)]  # what is stored counts
+        found = {row["SpanId"]: Span(row) for row in rows if row["TraceId"] == run.trace_id}
+        ordered = sorted(found.values(), key=lambda span: (span.start_ns, span.span_id))
+        return RunView(run, tuple(nodes_of(run, ordered)))
 
     def active(self) -> tuple[Active, ...]:
         """Return what is under way, what began first first: as state files tell, every 5 seconds anew.
 
-        Of services without any: as start lines without an end tell, in log files not rotated yet.
+        Of services without any: as start lines without an end tell, in log files not rotated yet. Both are local.
         """
-        states = [state for state in map(read_state, self.directory.glob("state/*.json")) if state is not None]
-        told = [(state, entry) for state in states for entry in state["active"]]
-        told += _unended(self.directory / "logs", {safe_name(state["service"]) for state in states})
-        found = [active for state, entry in told for active in _active(state, entry)]
-        return tuple(sorted(found, key=lambda active: active.start_ns))
-
-    def _find(self, run_id: str) -> RunSummary:
-        runs = self.runs()
-        if not runs:
-            raise StoreError(f"no finished run in {str(self.directory)!r}; run a pipeline, or name another directory")
-        if run_id == LAST:
-            return runs[0]
-        found = [run for run in runs if run.run_id == run_id] or [run for run in runs if run.run_id.startswith(run_id)]
-        if len(found) == 1:
-            return found[0]
-        known = ", ".join(f"{run.run_id} ({run.pipeline})" for run in (found or runs)[:5])
-        problem = "several runs begin" if found else "no run begins"
-        raise StoreError(f"{problem} with {run_id!r}; choose from: last, {known}")
-
-    def _spans(self, condition: ds.Expression) -> list[_Span]:
-        """Read the spans that meet `condition`, each once, in the order in which they began."""
-        paths = [str(path) for path in _visible(self.directory, "spans/date=*/*.parquet")]
-        if not paths:
-            return []
-        try:
-            rows = ds.dataset(paths, format="parquet").to_table(_COLUMNS, condition).to_pylist()
-        except (pa.ArrowException, OSError) as exc:
-            where = str(self.directory / "spans")
-            raise StoreError(f"cannot read the spans in {where!r}: {exc}; move the bad file away") from None
-        distinct = {row["SpanId"]: _Span(row) for row in rows}
-        return sorted(distinct.values(), key=lambda span: (span.start_ns, span.span_id))
+        return alive.active(self.directory)
 
     def files(self) -> tuple[Files, ...]:
-        """Return what files there are, by kind, with their sizes. What cannot be read counts as empty."""
-        found = ((kind, _visible(self.directory, kind[1])) for kind in _KINDS)
-        return tuple(_described(self.directory, *kind, paths) for kind, paths in found if paths)
+        """Return what files there are, by kind, with their sizes. What cannot be read counts as empty. Local only."""
+        return () if self.directory is None else listed(self.directory)
+
+    # --- tables --------------------------------------------------------------------------------------------------
+
+    def runs(self, pipeline: str = "", since_ns: int | None = None, limit: int | None = None) -> pa.Table:
+        """Return a row a run, the one that began last first; those in progress too, without a duration."""
+        counts = self._executions(Asked(pipeline, since_ns=since_ns), ("run_id", "outcome"), tables.counted)
+        return tables.runs_table(self._runs(tables.RUN_COLUMNS, pipeline, since_ns), counts, limit)
+
+    def executions(
+        self, pipeline: str = "", node: str = "", run: str = "", since_ns: int | None = None, runs: Iterable[str] = ()
+    ) -> pa.Table:
+        """Return a row an execution of a node, in the order in which they began; those under way too.
+
+        `duration_s` is null for what was skipped, lost or is under way. `runs` are run ids.
+        """
+        chosen = {*([run] if run else []), *runs} if run or runs else None
+        asked = Asked(pipeline, node, chosen, since_ns)
+        return (
+            self._executions(asked, EXECUTIONS.names)
+            .cast(EXECUTIONS)
+            .sort_by([("start", "ascending"), ("span_id", "ascending")])
+        )
+
+    def nodes(self, pipeline: str = "", run: str = "", since_ns: int | None = None) -> pa.Table:
+        """Return the aggregate of what is not under way: a row a node, with exact quantiles of its duration."""
+        asked = Asked(pipeline, "", [run] if run else None, since_ns)
+        return tables.nodes_table(self._executions(asked, tables.AGGREGATED, tables.aggregated))
+
+    def spans(
+        self, name: str = "", run: str = "", trace: str = "", since_ns: int | None = None,
+        columns: Sequence[str] | None = None,
+    ) -> pa.Table:  # fmt: skip
+        """Return spans as they are in the files, each once. Raises StoreError for a column that there is not."""
+        schema = schemas()["spans"]
+        if unknown := set(columns or ()) - set(schema.names):
+            raise StoreError(
+                f"spans have no column {', '.join(sorted(unknown))}; choose from {', '.join(schema.names)}"
+            )
+        chosen = schema.names if columns is None else list(columns)
+        return spans.find(self._place, chosen, schema, name=name, run=run, trace=trace, since_ns=since_ns)
+
+    def metrics(self, name: str = "", since_ns: int | None = None) -> pa.Table:
+        """Return metric points by time, of all kinds in one table: what a kind has not is null."""
+        return spans.points(self._place, schemas(), name, since_ns)
+
+    # --- log lines -----------------------------------------------------------------------------------------------
+
+    def records(
+        self, event: str = "", node: str = "", level: str = "", run: str = "", trace: str = "",
+        since_ns: int | None = None, text: str = "", limit: int | None = None, newest_first: bool = False,
+    ) -> Iterator[Record]:  # fmt: skip
+        """Yield log lines by time, whole: of rotated segments and all processes; lines of one file as they lie there.
+
+        `level` stands for itself and what is above; `text` is somewhere in the line.
+        """
+        return lines.records(self._place, Wanted(event, node, level, run, trace, since_ns, text), limit, newest_first)
+
+    def logs(
+        self, event: str = "", node: str = "", level: str = "", run: str = "", trace: str = "",
+        since_ns: int | None = None, text: str = "", limit: int | None = None, newest_first: bool = False,
+    ) -> pa.Table:  # fmt: skip
+        """Return log lines as a table: the fields that lines of this package have, the rest as JSON in `fields`."""
+        return lines.table(self.records(event, node, level, run, trace, since_ns, text, limit, newest_first))
+
+    def follow(
+        self, event: str = "", node: str = "", level: str = "", run: str = "", trace: str = "",
+        since_ns: int | None = None, text: str = "", stop: Event | None = None,
+    ) -> Iterator[Record]:  # fmt: skip
+        """Yield log lines that are written from now on, until `stop` is set. Raises StoreError if not local."""
+        if self.directory is None:
+            raise StoreError(f"logs in {str(self._place)!r} cannot be followed; follow them where they are written")
+        wanted = Wanted(event, node, level, run, trace, since_ns, text)
+        return lines.follow(self._place, wanted, stop or Event())
+
+    # --- SQL -----------------------------------------------------------------------------------------------------
+
+    def sql(self, query: str) -> pa.Table:
+        """Return what duckdb makes of a query over the views spans, nodes (executions), runs, logs and metrics.
+
+        The query sees nothing else: no file, no network. Raises StoreError with duckdb's text for one that is wrong,
+        MissingExtraError without the extra `query`.
+        """
+        from otel_odibi.store.sql import run
+
+        return run(query, self._views())
+
+    def _views(self) -> dict[str, Callable[..., pa.Table]]:
+        views: dict[str, Callable[..., pa.Table]] = {"spans": self.spans, "nodes": self.executions, "logs": self.logs}
+        return {**views, "runs": self.runs, "metrics": self.metrics}
+
+    # --- files ---------------------------------------------------------------------------------------------------
+
+    def export(
+        self, what: str, out: BinaryIO, form: str = "otlp", *, run: str = "", since_ns: int | None = None
+    ) -> None:
+        """Write spans or logs as OTLP/JSON lines (`form="otlp"`), or any of the views of `sql` as CSV (`form="csv"`).
+
+        Raises StoreError for another form or view, and what `out` raises.
+        """
+        from otel_odibi.store import export
+
+        filters: dict[str, Any] = {"since_ns": since_ns, **({"run": run} if run else {})}
+        if form not in ("csv", "otlp") or what not in (self._views() if form == "csv" else ("spans", "logs")):
+            raise StoreError(f"cannot export {what!r} as {form!r}; spans and logs go as otlp, these and others as csv")
+        if run and what in ("runs", "metrics"):
+            raise StoreError(f"cannot export the {what} of a run; leave the run out")
+        if form == "csv":
+            export.write_csv(self._views()[what](**filters), out)
+        elif what == "spans":
+            export.write_spans(self.spans(**filters), out)
+        else:
+            export.write_logs(self.records(**filters), out)
+
+    def compact(
+        self, *, age_seconds: float = 3600, keep_days: float | None = None, keep_bytes: int | None = None,
+        rows: int = 1_000_000, dry_run: bool = False,
+    ) -> Compacted:  # fmt: skip
+        """Merge small Parquet files of a day into files of so many rows; delete what is too old or too much.
+
+        Files younger than `age_seconds`, and days that running processes write to, are left alone. `keep_days` deletes
+        days, and rotated log segments, that are older; `keep_bytes` the oldest days until the rest fits. Readers and
+        writers go on meanwhile, and a compaction that dies harms nothing. On an object store, run one at a time.
+        Raises StoreError where another is at work, OSError and pyarrow's errors where files cannot be written.
+        """
+        from otel_odibi.store.compaction import compact
+
+        return compact(self._place, self._target, age_seconds, keep_days, keep_bytes, rows, dry_run)
+
+    # --- inside --------------------------------------------------------------------------------------------------
+
+    @steady
+    def _executions(
+        self, asked: Asked, wanted: Sequence[str], reduce: Callable[[pa.Table], pa.Table] | None = None
+    ) -> pa.Table:
+        """Return executions, or what `reduce` makes of some of them at a time, so that memory holds no more."""
+        found = parts(self._place, "spans", "Timestamp", tables.NEEDED, asked.since_ns)
+        going = alive.rows_under_way(self._place)
+        within = [EVER] if len(going) else clashes(found)
+        more = list(dict.fromkeys([*wanted, *(("start", "span_id") if within else ())]))
+        made = reduce or (lambda table: table.select(wanted))
+
+        def of(part: Part) -> tuple[pa.Table, pa.Table] | None:
+            table = asked.of(part, more)
+            if table is None:
+                return None
+            sure, suspect = parted(table, within, "start")
+            return made(sure), suspect
+
+        pairs = each(self._place, found, of, lambda part: part.path)
+        suspect = pa.concat_tables([*(suspect for _, suspect in pairs), asked.table(going, more)])
+        rest = distinct(suspect, "span_id") if within else suspect
+        return pa.concat_tables([*(sure for sure, _ in pairs), made(rest)])
+
+    @steady
+    def _runs(self, columns: Sequence[str], pipeline: str = "", since_ns: int | None = None) -> pa.Table:
+        found = parts(self._place, "spans", "Timestamp", tables.NEEDED, since_ns)
+
+        def of(part: Part) -> pa.Table | None:
+            keep = begins(part.read(["SpanName"], tables.SPANS)["SpanName"], tables.PIPELINE)
+            if not pc.any(keep).as_py():
+                return None
+            return tables.runs_of(part.read(columns, tables.SPANS).filter(keep), pipeline, since_ns)
+
+        going = tables.runs_of(alive.rows_under_way(self._place).select(list(columns)), pipeline, since_ns)
+        return distinct(pa.concat_tables([*each(self._place, found, of, lambda part: part.path), going]), "SpanId")
+
+    def _find(self, run_id: str) -> RunSummary:
+        runs = tables.by_end(self._runs(_RUN))
+        finished = runs.filter(pc.invert(among(runs["outcome"], [RUNNING])))
+        if not len(runs) or (run_id == LAST and not len(finished)):
+            raise StoreError(f"no finished run in {str(self._place)!r}; run a pipeline, or name another directory")
+        if run_id == LAST:
+            return summary_of(as_rows(finished.slice(0, 1))[0])
+        found = runs.filter(among(runs["run_id"], [run_id]))
+        if not len(found):
+            found = runs.filter(begins(runs["run_id"], run_id))
+        if len(found) == 1:
+            return summary_of(as_rows(found)[0])
+        shown = as_rows((found if len(found) else runs).slice(0, 5))
+        known = ", ".join(f"{run['run_id']} ({run['pipeline']})" for run in shown)
+        problem = "several runs begin" if len(found) else "no run begins"
+        raise StoreError(f"{problem} with {run_id!r}; choose from: last, {known}")
 
 
 open = Store  # noqa: A001 - meant to be read as store.open
-
-
-# --- spans -----------------------------------------------------------------------------------------------------------
-
-
-class _Span:
-    """A row of the span files, read with care: its attributes are texts that anyone may have written."""
-
-    def __init__(self, row: Mapping[str, Any]) -> None:
-        self.row = row
-        self.attributes: dict[str, str] = dict(row["SpanAttributes"] or ())
-        self.span_id: str = row["SpanId"]
-        self.parent_id: str = row["ParentSpanId"]
-        self.start_ns: int = row["Timestamp"]
-        self.duration_ns: int = row["Duration"]
-
-    def text(self, key: str) -> str:
-        """Return the attribute, the empty text if it is not there."""
-        return self.attributes.get(key, "")
-
-    def value(self, key: str, kind: type[T]) -> T | None:
-        """Return the attribute as a number, boolean or list; None if it is none."""
-        try:
-            found = orjson.loads(self.text(key))
-        except ValueError:
-            return None
-        return found if type(found) is kind else None
-
-    @property
-    def failure(self) -> Failure | None:
-        """What went wrong, as the last `exception` event and the status tell it; None if nothing did."""
-        if self.row["StatusCode"] != "Error":
-            return None
-        events = [dict(event["Attributes"] or ()) for event in self.row["Events"] or () if event["Name"] == "exception"]
-        event = events[-1] if events else {}
-        return Failure(
-            event.get(names.EXCEPTION_TYPE) or self.text(names.ERROR_TYPE),
-            event.get(names.EXCEPTION_MESSAGE) or self.row["StatusMessage"],
-            event.get(names.EXCEPTION_STACKTRACE, ""),
-        )
-
-    @property
-    def outcome(self) -> str:
-        """The outcome, or what the status says where a foreign writer has left none."""
-        stated = self.text(names.NODE_OUTCOME) or self.text(names.PIPELINE_OUTCOME)
-        return stated or (FAILURE if self.row["StatusCode"] == "Error" else SUCCESS)
-
-    @property
-    def is_attempt(self) -> bool:
-        number = self.text(names.NODE_ATTEMPT)
-        return bool(number) and self.row["SpanName"] == names.ATTEMPT_SPAN.format(number=number)
-
-
-def _summary(span: _Span) -> RunSummary:
-    return RunSummary(
-        span.text(names.PIPELINE_NAME), span.text(names.PIPELINE_RUN_ID), span.row["ServiceName"], span.outcome,
-        span.row["TraceId"], span.span_id, span.start_ns, span.duration_ns, span.failure,
-    )  # fmt: skip
-
-
-def _nodes(run: RunSummary, spans: list[_Span]) -> Iterator[NodeView]:
-    """Yield the nodes beneath the run's span, depth first; spans of other libraries in between are passed through."""
-    known = {span.span_id for span in spans}
-    children: dict[str, list[_Span]] = {}
-    for span in spans:
-        lost_parent = span.parent_id not in known and span.text(names.PIPELINE_RUN_ID) == run.run_id
-        children.setdefault(run.span_id if lost_parent else span.parent_id, []).append(span)
-    stack = [(span, 0) for span in reversed(children.pop(run.span_id, [])) if span.span_id != run.span_id]
-    while stack:
-        span, depth = stack.pop()
-        inside = children.pop(span.span_id, [])
-        if not span.is_attempt and (span.text(names.NODE_NAME) or span.text(names.PIPELINE_NAME)):
-            yield _node(span, depth, inside)
-            depth += 1
-        stack += [(child, depth) for child in reversed(inside)]
-
-
-def _node(span: _Span, depth: int, inside: list[_Span]) -> NodeView:
-    own_name = span.text(names.NODE_NAME)
-    return NodeView(
-        name=own_name or span.text(names.PIPELINE_NAME),
-        outcome=span.outcome,
-        span_id=span.span_id,
-        parent_span_id=span.parent_id,
-        start_ns=span.start_ns,
-        duration_ns=span.duration_ns,
-        layer=span.text(names.NODE_LAYER),
-        engine=span.text(names.NODE_ENGINE),
-        depth=depth,
-        run_id="" if own_name else span.text(names.PIPELINE_RUN_ID),
-        rows_in=span.value(names.NODE_ROWS_IN, int),
-        rows_out=span.value(names.NODE_ROWS_OUT, int),
-        bytes_out=span.value(names.NODE_BYTES_OUT, int),
-        rss=span.value(names.NODE_MEMORY_RSS, int),
-        cache_hit=span.value(names.NODE_CACHE_HIT, bool),
-        attempt=span.value(names.NODE_ATTEMPT, int) or 1,
-        depends_on=tuple(map(str, span.value(names.NODE_DEPENDS_ON, list) or ())),
-        links=tuple(link["SpanId"] for link in span.row["Links"] or ()),
-        skip_reason=span.text(names.NODE_SKIP_REASON),
-        failure=span.failure,
-        attempts=tuple(_attempt(child) for child in inside if child.is_attempt),
-    )
-
-
-def _attempt(span: _Span) -> AttemptView:
-    number = span.value(names.NODE_ATTEMPT, int) or 1
-    return AttemptView(number, span.outcome, span.start_ns, span.duration_ns, span.failure)
-
-
-def _unended(logs: Path, told: set[str]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    for found in parse((path.name for path in files(logs)), pattern(".jsonl")):
-        begun, heard = dict[Any, dict[str, Any]](), {"heartbeat_unix_nano": 0}
-        for line in read_lines(logs / found.entry) if found.is_active and found.name not in told else ():
-            with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
-                record = orjson.loads(line)
-                heard["heartbeat_unix_nano"] = record["time_unix_nano"]
-                if record["event_type"].endswith("_start"):
-                    begun[record["span_id"]] = record
-                elif record["event_type"].startswith(("node_", "pipeline_")):
-                    begun.pop(record["span_id"], None)
-        yield from (({**record, **heard}, record) for record in begun.values())
-
-
-def _active(state: Mapping[str, Any], entry: Mapping[str, Any]) -> Iterator[Active]:
-    with contextlib.suppress(ValueError, TypeError, OverflowError):  # anyone may have written it
-        texts = [str(entry.get(key, "")) for key in ("pipeline", "run_id", "node_name", "trace_id", "span_id")]
-        where, rss = [str(state.get(key, "")) for key in ("service", "host")], state.get("rss")
-        times = int(entry.get("time_unix_nano", 0)), int(state["heartbeat_unix_nano"])
-        yield Active._make((*where, *texts, *times, rss if isinstance(rss, int) else None))
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
-
-_KINDS: Final = (
-    ("logs", "logs/*.jsonl*", "line"),
-    ("spans", "spans/date=*/*.parquet", "span"),
-    ("spans, OTLP/JSON", "otlp/*.traces.jsonl*", "line"),
-    ("metrics", "metrics/*/date=*/*.parquet", "point"),
-    ("metrics, JSON", "json/*.metrics.json", ""),
-    ("metrics, Prometheus", "prometheus/*.prom", "sample"),
-)
-
-
-def _visible(directory: Path, pattern: str) -> list[Path]:
-    return sorted(path for path in directory.glob(pattern) if not path.name.startswith("."))
-
-
-def _described(directory: Path, signal: str, pattern: str, unit: str, paths: list[Path]) -> Files:
-    sizes, records = zip(*map(_measured, paths), strict=True)
-    named = len(paths) == 1 and paths[0].suffix != ".parquet"
-    shown = paths[0].relative_to(directory).as_posix() if named else pattern
-    return Files(signal, shown, len(paths), sum(sizes), sum(records) if unit else None, unit)
-
-
-def _measured(path: Path) -> tuple[int, int]:
-    """Return a file's size in bytes and its number of records, zeros where it cannot be read."""
-    try:
-        size = path.stat().st_size
-        if path.suffix == ".parquet":
-            return size, pq.read_metadata(path).num_rows
-        return size, sum(not line.startswith(b"#") for line in read_lines(path))
-    except (OSError, pa.ArrowException):
-        return 0, 0
