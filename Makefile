@@ -6,13 +6,18 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet
 SCALE ?= 0.1
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/otel-odibi
 BUILDER := v0.159.0
+ODIBI := 3.15.1
+ODIBI_PY := $(VENV)-odibi/bin/python
 OTELCOL := $(CACHE)/otelcol-$(BUILDER)-$(word 1,$(shell cksum <collector-config/builder.yaml))
 # Jaeger 2.13: the last release of which the tag fits the module path.
 JAEGER_VERSION := v1.76.0
 JAEGER := $(CACHE)/jaeger-$(JAEGER_VERSION)
 
+# What engines would tell their makers about test runs.
+export DO_NOT_TRACK := 1
+
 .DEFAULT_GOAL := help
-.PHONY: help demo otelcol jaeger test test-stack test-faults lint types imports bench clean
+.PHONY: help demo otelcol jaeger test test-odibi test-stack test-faults lint types imports bench report-assets clean
 
 help:  ## Show what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -37,6 +42,14 @@ $(VENV)/.stack: $(VENV)/.test tests/requirements-stack.txt
 
 $(VENV)/.bench: $(VENV)/.test benchmarks/requirements.txt
 	$(PIP) install -r benchmarks/requirements.txt
+	@touch $@
+
+# odibi pins what the other tests want newer, so it has an environment of its own.
+$(VENV)-odibi/.test: pyproject.toml tests/requirements.txt
+	$(PYTHON) -m venv $(VENV)-odibi
+	$(ODIBI_PY) -m pip install --quiet --upgrade 'pip>=24'
+	$(ODIBI_PY) -m pip install --quiet -c tests/requirements.txt odibi==$(ODIBI) -e '.[cli]' pytest hypothesis
+	$(ODIBI_PY) -m pip check
 	@touch $@
 
 demo: $(VENV)/.demo  ## Run a real pipeline and see its trace, metrics and logs
@@ -68,6 +81,10 @@ jaeger: $(JAEGER)  ## Build Jaeger, for the tests, once, and print where it is
 test: $(VENV)/.test  ## Run the tests
 	$(PY) -m pytest
 
+test-odibi: $(VENV)-odibi/.test  ## Run the tests with odibi, and some of the others on its pinned versions
+	$(ODIBI_PY) -m pytest tests/test_integration_odibi.py 'tests/test_docs.py::test_what_the_page_says_is_what_happens[docs/odibi.md]'
+	$(ODIBI_PY) -m pytest tests/test_scope.py tests/test_logs.py tests/test_parquet.py tests/test_telemetry.py
+
 test-stack: $(VENV)/.stack $(OTELCOL) $(JAEGER)  ## Run the tests that need more than Python: Go, Prometheus, Java
 	$(PY) -m pytest -m stack
 
@@ -88,5 +105,8 @@ imports: $(VENV)/.test  ## Check that imports run downward only
 bench: $(VENV)/.bench  ## Measure the budgets, as ratios against rivals in the same run
 	$(PY) -m benchmarks
 
+report-assets:  ## Fetch the JavaScript libraries of the HTML report anew, as pinned; needs npm
+	$(PYTHON) docs/report_assets.py
+
 clean:  ## Remove what these commands made
-	rm -rf $(VENV) telemetry .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-odibi telemetry .pytest_cache .mypy_cache .ruff_cache .hypothesis

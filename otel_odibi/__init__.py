@@ -18,6 +18,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from otel_odibi import propagate as _propagate
 from otel_odibi import runtime as _runtime
 from otel_odibi.calls import Attempt, Node, Run, current_node, current_pipeline
 from otel_odibi.errors import MissingExtraError, OdibiTelemetryError, SettingError, StoreError
@@ -26,6 +27,7 @@ from otel_odibi.scope import node, pipeline
 
 if TYPE_CHECKING:
     from otel_odibi.events import AutomationHook, EventPriority
+    from otel_odibi.executors import install_carry
     from otel_odibi.export import MetricsExporter
     from otel_odibi.hooks import EventBus
     from otel_odibi.logs import get_logger
@@ -61,6 +63,7 @@ __all__ = [
     "current_node",
     "current_pipeline",
     "get_logger",
+    "install_carry",
     "node",
     "pipeline",
 ]
@@ -78,6 +81,7 @@ _LAZY = {
     "Telemetry": "telemetry",
     "configure": "process",
     "get_logger": "logs",
+    "install_carry": "executors",
 }
 
 
@@ -101,4 +105,11 @@ def _host_runtime() -> _runtime.Runtime | None:
     return host_runtime()
 
 
+def _configure_worker(settings: bytes) -> None:
+    from otel_odibi.process import configure_worker
+
+    configure_worker(settings)
+
+
 _runtime.on_host(_host_runtime)
+_propagate.on_worker(_configure_worker)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 from opentelemetry import context as otel_context
 from opentelemetry import trace
+from opentelemetry.context import Context
 from opentelemetry.trace import Span, SpanContext, Status, StatusCode, TraceFlags
 from typing_extensions import Self
 
@@ -21,7 +23,7 @@ from otel_odibi import lineage, names
 from otel_odibi.clean import clean_name, error_type
 from otel_odibi.facts import CacheLookup, Edge, Failure, NodeFinished, NodeRetried, NodeStarted, RunFinished, RunStarted
 from otel_odibi.names import CANCELLED, FAILURE, SKIPPED, SUCCESS, Outcome
-from otel_odibi.runtime import Runtime
+from otel_odibi.runtime import Inherited, Runtime
 
 MAX_REMEMBERED_NODES: Final = 10_000
 """Node names a run remembers for `depends_on`; the oldest are forgotten first."""
@@ -80,6 +82,7 @@ class Call:
         "_outer",
         "_rt",
         "_saved",
+        "_started",
         "_tokens",
         "name",
         "run",
@@ -93,6 +96,7 @@ class Call:
         self.run = run
         self.span = span
         self._rt = rt
+        self._started: Any = None
         self._began = 0
         self._ended = False
         self._attributes: dict[str, Any] | None = None
@@ -129,12 +133,12 @@ class Call:
         clean = self._live.cleaner.attribute
         return {clean_name(key): clean(key, value) for key, value in attributes.items()}
 
-    def enter(self, outer: Call | None) -> None:
-        """Make this call current inside `outer`, and its span where there is one."""
+    def enter(self, outer: Call | None, context: Context | None = None) -> None:
+        """Make this call current inside `outer`, and its span where there is one: in `context`, if not in this one."""
         if _collector and collecting():
             return
         self._outer = outer
-        attached = None if self._rt is None else otel_context.attach(trace.set_span_in_context(self.span))
+        attached = None if self._rt is None else otel_context.attach(trace.set_span_in_context(self.span, context))
         self._tokens = (current.set(self), attached)
 
     def leave(self) -> None:
@@ -248,7 +252,7 @@ class Run(Call):
     Attributes: `name`, `run_id` (hex text), `span` (the OpenTelemetry span), `trace_id` (hex text).
     """
 
-    __slots__ = ("_counts", "_last", "_lock", "_started", "node_attributes", "run_id")
+    __slots__ = ("_counts", "_last", "_lock", "node_attributes", "run_id")
 
     def __init__(self, name: str, run_id: str, scope: Any, rt: Runtime | None, span: Span) -> None:
         super().__init__(name, scope, self, rt, span)
@@ -257,12 +261,11 @@ class Run(Call):
         self._lock = threading.RLock()  # a collection inside may end an abandoned generator of this very run
         self._counts = {SUCCESS: 0, FAILURE: 0}
         self._last: dict[str, Edge] = {}
-        self._started: RunStarted | None = None
 
-    def begin(self, started: RunStarted, began: int, outer: Call | None) -> None:
+    def begin(self, started: RunStarted, began: int, outer: Call | None, context: Context | None) -> None:
         """Become current and say so."""
         self._started, self._began = started, began
-        self.enter(outer)
+        self.enter(outer, context)
         self._live.emit(started)
 
     @harmless
@@ -306,8 +309,8 @@ class Node(Call):
     """
 
     __slots__ = (
-        "_attempts", "_cache_hit", "_edge", "_edges", "_last_failure", "_rows_in", "_size", "_skipped", "_started",
-        "engine", "layer",
+        "_attempts", "_cache_hit", "_edge", "_edges", "_last_failure", "_rows_in", "_size", "_skipped", "engine",
+        "layer",
     )  # fmt: skip
 
     def __init__(
@@ -316,7 +319,6 @@ class Node(Call):
         super().__init__(name, scope, run, rt, span)
         self.layer = layer
         self.engine = engine
-        self._started: NodeStarted | None = None
         self._rows_in: int | None = None
         self._edges: tuple[Edge, ...] = ()
         self._edge: Edge | None = None
@@ -326,12 +328,12 @@ class Node(Call):
         self._last_failure: Failure | None = None
         self._skipped: str | None = None
 
-    def begin(self, started: NodeStarted, began: int, outer: Call | None) -> None:
+    def begin(self, started: NodeStarted, began: int, outer: Call | None, context: Context | None) -> None:
         """Become current and say so: the start line is written before the user's code runs."""
         self._started, self._began = started, began
         self._rows_in, self._edges = started.rows_in, started.edges
         self._edge = Edge(self.name, started.trace_id, started.span_id)
-        self.enter(outer)
+        self.enter(outer, context)
         self._live.emit(started)
 
     @harmless
@@ -540,6 +542,18 @@ class Attempt:
             self._span.end(end)
 
 
+def _in_child() -> None:
+    """Have what is under way where a process forks end in the parent alone: a child may leave the same blocks."""
+    call = current.get()
+    while call is not None:
+        call._started = None
+        call = call._outer
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
+
+
 NO_RUN: Final = Run("", "", None, None, trace.INVALID_SPAN)
 NO_NODE: Final = Node("", "", "", None, None, None, trace.INVALID_SPAN)
 NO_NODE._attempts = 1
@@ -558,6 +572,17 @@ def innermost() -> Call | None:
             break
         call = outer
     return call
+
+
+def inherited(around: Inherited) -> tuple[Call | None, Context | None]:
+    """Return what work begins in where no call is under way: what the process was started in, unless a span is current.
+
+    What is current here besides, such as baggage, goes before what was inherited.
+    """
+    here = otel_context.get_current()
+    if trace.get_current_span(here).get_span_context().is_valid:
+        return None, None
+    return around[0], Context({**around[1], **here}) if here else around[1]
 
 
 def current_node() -> Node:

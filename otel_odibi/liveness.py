@@ -33,8 +33,8 @@ _MAX_ACKED: Final = 128 * 2**20  # half of that is more spans than the kept logs
 class Liveness:
     """The state file of this process. Thread-safe; never raises; a forked child gets its own on first use.
 
-    `process` is what start lines in the log carry; `on_process` hears of it, of a child's too. `otlp`: spans go to an
-    OTLP endpoint. The listeners come before the log writer's.
+    `process` is what start lines in the log carry; `on_process` hears of it, of a child's too; `resource` is told by
+    whichever file comes next. `otlp`: spans go to an OTLP endpoint. The listeners come before the log writer's.
     """
 
     def __init__(
@@ -43,8 +43,8 @@ class Liveness:
         on_process: Callable[[str], object] = lambda process: None,
         clock: Callable[[], int] = time.time_ns, seconds: float = 5.0,
     ) -> None:  # fmt: skip
-        resource = {key: DEFAULT.attribute(key, value) for key, value in resource_attributes.items()}
-        self._about: dict[str, Any] = {"service": service, "otlp": otlp, "resource": resource}
+        self.resource = {key: DEFAULT.attribute(key, value) for key, value in resource_attributes.items()}
+        self._about: dict[str, Any] = {"service": service, "otlp": otlp, "resource": self.resource}
         self._stem = Path(directory).absolute() / "state" / safe_name(service)
         self._rss, self._clock, self._seconds, self._on_process = rss, clock, seconds, on_process
         self._reset()

@@ -83,6 +83,12 @@ EVENTS: Final = (
 )  # fmt: skip
 """Events of the event bus that the core emits."""
 
+# --- span events of the engines' integrations ------------------------------------------------------------------------
+
+PHASE_TIMINGS: Final = "phase_timings"
+STORY: Final = "story"
+ALERT: Final = "alert"
+
 # --- metrics ---------------------------------------------------------------------------------------------------------
 
 Kind = Literal["counter", "updowncounter", "gauge", "histogram"]

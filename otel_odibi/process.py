@@ -5,8 +5,11 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import json
+import logging
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 from types import FrameType
@@ -17,7 +20,7 @@ from opentelemetry import trace as trace_api
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.trace import TracerProvider
 
-from otel_odibi import names, runtime
+from otel_odibi import names, propagate, runtime
 from otel_odibi.errors import SettingError
 from otel_odibi.instruments import ApiInstruments
 from otel_odibi.metrics import Aggregates, rss_reader
@@ -26,8 +29,9 @@ from otel_odibi.settings import Settings, project_alerts
 from otel_odibi.telemetry import Telemetry
 from otel_odibi.troubles import Troubles
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 _current: Telemetry | None = None
+_refused = False
 _own_tracing: TracerProvider | None = None
 _own_metering: MeterProvider | None = None
 
@@ -52,9 +56,19 @@ def configure(
     Raises `SettingError`, naming the setting, the value and the remedy, and `MissingExtraError` where OTLP is asked
     for and not installed. Thread-safe.
     """
-    global _current
     given = {"service_name": service_name, "directory": directory, "environment": environment, **settings}
-    loaded = Settings.load(given)
+    return _begin(Settings.load(given), tracer_provider, meter_provider, set_global)
+
+
+def _begin(
+    loaded: Settings,
+    tracer_provider: trace_api.TracerProvider | None,
+    meter_provider: metrics_api.MeterProvider | None,
+    set_global: bool,
+    *,
+    worker: bool = False,
+) -> Telemetry:
+    global _current
     alerts = project_alerts() if loaded.enabled else {}
     _check_directory(loaded.directory if loaded.enabled else None)
     with _lock:
@@ -71,14 +85,47 @@ def configure(
         if set_global and loaded.enabled:
             _install(telemetry)
         if loaded.enabled:
+            if loaded.inherit_context:
+                telemetry.runtime.inherited = propagate.from_environment(os.environ, telemetry.runtime)
+            propagate.for_workers(telemetry.runtime, _for_workers(telemetry) | {"set_global": set_global})
             telemetry.activate()
-            _recover(telemetry)
+            if not worker:  # else its parent has done so
+                _recover(telemetry)
         else:
             runtime.activate(None, disabled=True)
         atexit.register(telemetry.shutdown)
         _current = telemetry
     _end_well_on_sigterm()
+    _end_well_in_multiprocessing()
     return telemetry
+
+
+def configure_worker(settings: bytes) -> None:
+    """Configure this process with the settings that came with work from another, unless `configure()` has been called.
+
+    Never raises: a worker that cannot use them (one warning says why) does its work all the same. Thread-safe.
+    """
+    global _refused
+    with _lock:  # so that a second thread's work begins when telemetry is there
+        if _current is not None or _refused:
+            return
+        try:
+            given = json.loads(settings)
+            set_global = given.pop("set_global")
+            _begin(Settings.load(given), _host_tracing(), _host_metering(), set_global, worker=True)
+        except Exception as exc:  # noqa: BLE001 - telemetry never harms
+            _refused = True
+            logging.getLogger(names.SCOPE).warning("this worker process records nothing: %s", exc)
+
+
+def _for_workers(telemetry: Telemetry) -> dict[str, Any]:
+    """Return the settings as workers get them: what looks like a secret they read from their own environment."""
+    clean, settings = telemetry.cleaner, telemetry.settings
+    kept = {
+        name: value for name, value in settings.worker_copy().items()
+        if type(value) is not str or clean.text(value) == value
+    }  # fmt: skip
+    return kept | {"resource": {key: clean.attribute(key, value) for key, value in settings.resource.items()}}
 
 
 def _recover(telemetry: Telemetry) -> None:
@@ -116,6 +163,7 @@ def _end_well_on_sigterm() -> None:
 
 def _terminated(number: int, frame: FrameType | None) -> None:
     """Shut down on another thread, as this one may hold a lock that is needed, and end by the signal all the same."""
+    signal.signal(number, signal.SIG_IGN)  # another would come in between
     telemetry = _current
     if telemetry is not None:
         with contextlib.suppress(RuntimeError):  # no thread to be had
@@ -124,6 +172,39 @@ def _terminated(number: int, frame: FrameType | None) -> None:
             closing.join(telemetry.settings.exit_timeout + 0.5)
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
+
+
+def _end_well_in_multiprocessing() -> None:
+    """Have a child of `multiprocessing` end its telemetry: forked ones leave by `os._exit`, past atexit."""
+    children = sys.modules.get("multiprocessing.process")
+    if children is not None and children.parent_process() is not None:
+        from multiprocessing.util import Finalize
+
+        Finalize(None, _end_worker, exitpriority=-100)  # after its own children have ended, and its queues
+
+
+def _end_worker() -> None:
+    telemetry, this = _current, threading.current_thread()
+    if telemetry is None:
+        return
+    if any(not thread.daemon and thread is not this for thread in threading.enumerate()):
+        telemetry.flush(telemetry.settings.exit_timeout)  # the process waits for them yet: they may have more to tell
+        return
+    if signal.getsignal(signal.SIGTERM) is _terminated:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a pool's end is told to its workers in two ways at once
+    telemetry.shutdown()
+
+
+def _in_child() -> None:
+    global _lock
+    _lock = threading.RLock()  # another thread of the parent may have held it
+    util = sys.modules.get("multiprocessing.util")
+    if util is not None and _current is not None:  # which is about to forget what was to be done at the end
+        util.register_after_fork(_current, lambda telemetry: _end_well_in_multiprocessing())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
 
 
 def _check_directory(directory: Path | None) -> None:

@@ -26,8 +26,10 @@ from otel_odibi import names
 from otel_odibi.clean import DEFAULT, message_of
 from otel_odibi.errors import StoreError
 from otel_odibi.exporters.jsonl import JsonlSink, files, read_lines
+from otel_odibi.exporters.lines import ATTRIBUTES
 from otel_odibi.exporters.parquet import ParquetSpanExporter
 from otel_odibi.exporters.segments import acquire, release
+from otel_odibi.forks import arrow
 from otel_odibi.liveness import append_ids, lives_elsewhere, read_state
 from otel_odibi.logs import timestamp
 from otel_odibi.names import LOST, NODE_COMPLETE, NODE_FAILED, NODE_START, PIPELINE_COMPLETE, PIPELINE_START
@@ -40,12 +42,6 @@ _BATCH: Final = 10_000
 _SENT: Final = 512  # spans spooled, then noted as delivered: what a crash in between sends twice
 _START_OF: Final = {NODE_COMPLETE: NODE_START, NODE_FAILED: NODE_START, PIPELINE_COMPLETE: PIPELINE_START}
 _OUTCOMES: Final = {"failed": names.FAILURE, "partial_failure": names.SUCCESS}
-_FIELDS: Final = {
-    names.PIPELINE_NAME: "pipeline", names.PIPELINE_RUN_ID: "run_id", names.NODE_NAME: "node_name",
-    names.NODE_LAYER: "layer", names.NODE_ENGINE: "engine", names.NODE_ATTEMPT: "attempt",
-    names.NODE_ROWS_IN: "rows_in", names.NODE_ROWS_OUT: "rows_out", names.NODE_BYTES_OUT: "bytes_out",
-    names.NODE_COLUMNS: "columns", names.NODE_CACHE_HIT: "cache_hit", names.ERROR_TYPE: "error_type",
-}  # fmt: skip
 _SCOPE: Final = InstrumentationScope(names.SCOPE)  # one for all, as exporters group spans by it
 _ODD: Final = (ValueError, TypeError, KeyError, AttributeError, OverflowError)  # of a line that is torn, or not ours
 
@@ -230,8 +226,9 @@ def _ids_in(where: str | Path, since: int) -> Callable[[Mapping[int, tuple[Line,
         began, ids = pc.field("Timestamp"), [f"{number:016x}" for number in batch]
         day = time.strftime("%Y-%m-%d", time.gmtime(max(0, since) // 10**9))
         near = (pc.field("date") >= day) & (began >= first) & (began <= last)  # so that few files are looked into
-        table = dataset.to_table(["SpanId"], filter=near & pc.field("SpanId").isin(ids))
-        return {int(text, 16) for text in table["SpanId"].to_pylist()}
+        with arrow.lock:
+            table = dataset.to_table(["SpanId"], filter=near & pc.field("SpanId").isin(ids))
+            return {int(text, 16) for text in table["SpanId"].to_pylist()}
 
     return found
 
@@ -245,7 +242,7 @@ def _context(of: Line, span_id: str) -> SpanContext:
 
 def _span(resource: Resource, start: Line, end: Line) -> ReadableSpan:
     of_node, told, status = start["event_type"] == NODE_START, {**start, **end}, end["status"]
-    attributes = {key: told[field] for key, field in _FIELDS.items() if told.get(field) is not None}
+    attributes = {key: told[field] for key, field in ATTRIBUTES.items() if told.get(field) is not None}
     attributes[names.NODE_OUTCOME if of_node else names.PIPELINE_OUTCOME] = _OUTCOMES.get(status, status)
     if "memory_mb" in told:
         attributes[names.NODE_MEMORY_RSS] = round(told["memory_mb"] * 2**20)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from opentelemetry import metrics, trace
+from opentelemetry.context import Context
 from opentelemetry.trace import Tracer
 
 from otel_odibi import names
@@ -26,13 +27,20 @@ from otel_odibi.facts import (
 )  # fmt: skip
 
 Listener = Callable[[Any], None]
+Inherited = tuple[Any, Context]
+"""What work begins in that was handed on by another process: the run or node there, or None, and the context."""
 FACTS: Final = (RunStarted, RunFinished, NodeStarted, NodeFinished, CacheLookup, NodeRetried, Execution, Measure)
 
 
 class Runtime:
-    """What live scopes work with: a tracer, listeners by type of fact, clocks, where errors go. Read-only in use."""
+    """What live scopes work with: a tracer, listeners by type of fact, clocks, where errors go. Read-only in use.
 
-    __slots__ = ("cleaner", "clock", "listeners", "measure", "new_run_id", "on_error", "read_rss", "tick", "tracer")
+    `inherited` is what the process was started in, if anything: what begins where nothing is current begins there.
+    """
+
+    __slots__ = (
+        "cleaner", "clock", "inherited", "listeners", "measure", "new_run_id", "on_error", "read_rss", "tick", "tracer",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -56,6 +64,7 @@ class Runtime:
         self.new_run_id = new_run_id
         self.read_rss = read_rss
         self.measure = measure
+        self.inherited: Inherited | None = None
 
     def emit(self, fact: Fact) -> None:
         """Hand `fact` to every listener of its type, in order. A raising listener stops neither the others nor us."""

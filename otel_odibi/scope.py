@@ -18,7 +18,7 @@ from opentelemetry import trace
 from opentelemetry.trace import Link, Span
 
 from otel_odibi import names
-from otel_odibi.calls import Call, Node, Run, current, innermost, inputs_of, span_context
+from otel_odibi.calls import Call, Node, Run, current, inherited, innermost, inputs_of, span_context
 from otel_odibi.clean import DEFAULT, Cleaner, clean_name
 from otel_odibi.facts import Edge, NodeStarted, RunStarted
 from otel_odibi.runtime import Runtime, live
@@ -185,7 +185,9 @@ class NodeScope(Scope[Node]):
         return self._inputs
 
     def _start(self, rt: Runtime, args: Sequence[object], kwargs: Mapping[str, object]) -> Node:
-        outer = innermost()
+        outer, context = innermost(), None
+        if outer is None and rt.inherited is not None:
+            outer, context = inherited(rt.inherited)
         run = None if outer is None else outer.run
         rows_in, edges = inputs_of(rt, args, kwargs) if args or kwargs else (None, ())
         if self._depends_on:
@@ -196,14 +198,14 @@ class NodeScope(Scope[Node]):
             attributes.update(run.node_attributes)
         links = [Link(span_context(edge)) for edge in edges if edge.span_id] if edges else None
         began, now = rt.tick(), rt.clock()
-        span = rt.tracer.start_span(self._span_name, attributes=attributes, links=links, start_time=now)
-        context = span.get_span_context()
+        span = rt.tracer.start_span(self._span_name, context, attributes=attributes, links=links, start_time=now)
+        ids = span.get_span_context()
         started = NodeStarted(
             "" if run is None else run.name, "" if run is None else run.run_id, self._label, self.layer, self.engine,
-            context.trace_id, context.span_id, _parent_of(span), context.trace_flags, now, rows_in, edges,
+            ids.trace_id, ids.span_id, _parent_of(span), ids.trace_flags, now, rows_in, edges,
         )  # fmt: skip
         node = Node(self._label, self.layer, self.engine, self, run, rt, span)
-        node.begin(started, began, outer)
+        node.begin(started, began, outer, context)
         return node
 
     def _with_declared(self, run: Run | None, edges: tuple[Edge, ...]) -> tuple[Edge, ...]:
@@ -230,22 +232,24 @@ class PipelineScope(Scope[Run]):
         return call
 
     def _start(self, rt: Runtime, args: Sequence[object], kwargs: Mapping[str, object]) -> Run:
-        outer = innermost()
+        outer, context = innermost(), None
+        if outer is None and rt.inherited is not None:
+            outer, context = inherited(rt.inherited)
         run_id, name = rt.new_run_id(), self.name or "pipeline"
         given = {key: _attribute(rt.cleaner, key, value) for key, value in self._attributes.items()}
         began, now = rt.tick(), rt.clock()
         span = rt.tracer.start_span(
             names.PIPELINE_SPAN.format(name=name),
+            context,
             attributes={**given, names.PIPELINE_NAME: name, names.PIPELINE_RUN_ID: run_id},
             start_time=now,
         )
-        context = span.get_span_context()
+        ids = span.get_span_context()
         started = RunStarted(
-            name, run_id, context.trace_id, context.span_id, _parent_of(span), context.trace_flags, now,
-            given or None,
-        )  # fmt: skip
+            name, run_id, ids.trace_id, ids.span_id, _parent_of(span), ids.trace_flags, now, given or None
+        )
         run = Run(name, run_id, self, rt, span)
-        run.begin(started, began, outer)
+        run.begin(started, began, outer, context)
         return run
 
     def skip(self, node: str, reason: str, layer: str, engine: str) -> None:

@@ -26,7 +26,7 @@ from opentelemetry.sdk.metrics.export import (
     MetricsData,
     PeriodicExportingMetricReader,
 )
-from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.resources import Resource, ServiceInstanceIdResourceDetector
 from opentelemetry.sdk.trace import ReadableSpan, Tracer, TracerProvider
 from opentelemetry.sdk.trace.export import SpanExporter
 from typing_extensions import Self
@@ -84,6 +84,7 @@ class Telemetry:
         self.queues: list[SpanQueue] = []
         self._sinks: list[JsonlSink] = []
         self._files: list[Callable[[int], bool]] = []
+        self._among: Callable[[Any], Any] = lambda own: own
         self._events: EventBus | None = None
         self._otlp_logs: OtlpLogs | None = None
         self._spool: Spool | None = None
@@ -99,6 +100,7 @@ class Telemetry:
         self.troubles = Troubles(self.aggregates.drop)
         self.metrics = MetricsManager()
         self.resource = _resource(settings, self.cleaner)
+        after_fork(self._forked)  # first, as the others tell of its resource
         declared = self._declared(alerts or {})
         self.liveness = self._living()
         try:
@@ -258,7 +260,9 @@ class Telemetry:
         if "textfile" in s.metric_formats and s.directory is not None:
             from otel_odibi.exporters.textfile import TextfileMetricExporter
 
-            exporters.append(TextfileMetricExporter(s.directory, service=s.service_name, on_drop=on_drop))
+            textfile = TextfileMetricExporter(s.directory, service=s.service_name, on_drop=on_drop)
+            exporters.insert(0, textfile)  # it is quick, where the end has to be
+            self._among = textfile.among
         return exporters
 
     def producer(self, temporality: AggregationTemporality = CUMULATIVE) -> Producer:
@@ -282,7 +286,9 @@ class Telemetry:
             def _receive_metrics(self, metrics_data: MetricsData, *args: Any, **kwargs: Any) -> None:
                 super()._receive_metrics(producer.merge(metrics_data), *args, **kwargs)
 
-        reader = Endpoint(s.prometheus_host, s.prometheus_port, on_drop=self.troubles.on_drop("metrics"))
+        self._among({})  # what others count from now on
+        on_drop = self.troubles.on_drop("metrics")
+        reader = Endpoint(s.prometheus_host, s.prometheus_port, on_drop=on_drop, among=self._among)
         self.prometheus_url = reader.url
         return [reader]
 
@@ -387,6 +393,20 @@ class Telemetry:
         if self.settings.capture_logging and self._handler is None:
             self._handler = logs.LoggingHandler()
             logging.getLogger().addHandler(self._handler)
+
+    def _forked(self) -> None:
+        """Give a forked child a name of its own, and in the SDK's metrics locks that no thread of its parent holds."""
+        self._lock = threading.RLock()
+        self.resource = self.resource.merge(ServiceInstanceIdResourceDetector().detect())  # as the SDK's providers do
+        if self.liveness is not None:
+            self.liveness.resource[names.SERVICE_INSTANCE_ID] = str(self.resource.attributes[names.SERVICE_INSTANCE_ID])
+        meters = self.meter_provider
+        consumer, readers = meters._measurement_consumer, () if self._closed else meters._metric_readers
+        instruments = consumer._async_instruments
+        consumer.__init__(meters._sdk_config, meters._metric_readers)  # type: ignore[misc]  # others' counts: from 0
+        consumer._async_instruments = instruments
+        for reader in readers:  # the SDK starts their threads after this
+            vars(reader).update(_export_lock=threading.Lock(), _shutdown_event=threading.Event())
 
     def subscribe(self, kind: type[Fact], listener: runtime.Listener) -> None:
         """Let `listener` be called with every fact of this kind, after the log line and the metrics.

@@ -176,21 +176,21 @@ def untouched(package: str) -> Iterator[None]:
             AcmeInstrumentor().uninstrument()
 
     Compares by identity, so that a wrapper left in place, or an equal copy, is told of by an AssertionError. Modules
-    that are first imported inside the block are not looked at: import the engine before.
+    that are first imported inside the block are not looked at: import before what the instrumentor changes.
     """
     before = _attributes_of(package)
     yield
     now = _attributes_of(package)
     changed = [
         f"{owner}.{name}" for owner, found in before.items() for name in {*found, *now.get(owner, found)}
-        if found.get(name) is not now.get(owner, found).get(name)
+        if found.get(name) is not now.get(owner, found).get(name) and f"{owner}.{name}" not in sys.modules
     ]  # fmt: skip
     assert not changed, f"changed and not put back: {', '.join(sorted(changed))}"  # noqa: S101
 
 
 def _attributes_of(package: str) -> dict[str, dict[str, Any]]:
     modules = {n: m for n, m in list(sys.modules.items()) if m is not None and f"{n}.".startswith(f"{package}.")}
-    found = {name: dict(vars(module)) for name, module in modules.items()}
+    found = {name: {**vars(module), "__warningregistry__": None} for name, module in modules.items()}  # Python's own
     for name, module in modules.items():
         owned = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == name]
         found.update({f"{name}.{owner.__qualname__}": dict(vars(owner)) for owner in owned})

@@ -185,7 +185,7 @@ def test_a_script_is_run_with_telemetry(tmp_path: Path) -> None:
     """By default in "telemetry"; a thread that outlives the script's end is recorded too."""
     (tmp_path / "etl.py").write_text(ETL)
     assert otel_odibi("run", "etl.py", cwd=tmp_path).returncode == 4
-    assert {run.pipeline for run in store.open(tmp_path / "telemetry").runs()} == {"plain", "later"}
+    assert {run.pipeline for run in store.open(tmp_path / "telemetry").summaries()} == {"plain", "later"}
 
 
 def test_settings_come_from_pyproject_and_environment(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_settings_come_from_pyproject_and_environment(tmp_path: Path) -> None:
     (tmp_path / "etl.py").write_text(ETL)
     (tmp_path / "pyproject.toml").write_text('[tool.otel-odibi]\ndirectory = "there"\nservice_name = "orders"\n')
     otel_odibi("run", "etl.py", cwd=tmp_path, OTEL_SERVICE_NAME="night")
-    assert {run.service for run in store.open(tmp_path / "there").runs()} == {"night"}
+    assert {run.service for run in store.open(tmp_path / "there").summaries()} == {"night"}
     assert not (tmp_path / "telemetry").exists()
 
 
@@ -208,8 +208,8 @@ def test_the_scripts_own_configure_wins(tmp_path: Path) -> None:
     """What the program says of itself is what counts."""
     (tmp_path / "etl.py").write_text("import otel_odibi as oo\noo.configure(directory='own', service_name='own')" + ETL)
     otel_odibi("run", "etl.py", cwd=tmp_path)
-    assert {run.pipeline for run in store.open(tmp_path / "own").runs()} == {"plain", "later"}
-    assert store.open(tmp_path / "telemetry").runs() == ()
+    assert {run.pipeline for run in store.open(tmp_path / "own").summaries()} == {"plain", "later"}
+    assert store.open(tmp_path / "telemetry").summaries() == ()
 
 
 def test_a_wrong_setting_is_wrong_usage(tmp_path: Path) -> None:
@@ -318,7 +318,7 @@ def test_the_next_process_closes_them_too(tmp_path: Path) -> None:
     died = execute([sys.executable, "-c", DIES.format(end="os.kill(os.getpid(), signal.SIGKILL)")], tmp_path)
     lives = execute([sys.executable, "-c", DIES.format(end="pass")], tmp_path)
     assert f"run {died.stdout.strip()} of pipeline orders was lost with its process" in lives.stderr
-    outcomes = {run.run_id: run.outcome for run in store.open(tmp_path / "telemetry").runs()}
+    outcomes = {run.run_id: run.outcome for run in store.open(tmp_path / "telemetry").summaries()}
     assert outcomes == {died.stdout.strip(): "lost", lives.stdout.strip(): "success"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -19,6 +20,7 @@ PAGES = [
     ROOT / "collector-config/README.md",
     ROOT / "grafana/README.md",
 ]
+NEEDS = re.compile(r"<!-- needs (?P<module>\w+): (?P<remedy>[^>]+) -->\n")  # for pages on what has pins of its own
 BLOCK = re.compile(r"(?:<!-- (?P<mark>[^>]+) -->\n)?```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -92,6 +94,9 @@ for line in sys.stdin:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_what_the_page_says_is_what_happens(page: Path, tmp_path: Path) -> None:
     """Python blocks of a page run one after the other in one session; commands run in a shell beside it."""
+    needs = NEEDS.match(page.read_text(encoding="utf-8"))
+    if needs and importlib.util.find_spec(needs["module"]) is None:
+        pytest.skip(f"{page.name} needs {needs['module']}: {needs['remedy']}")
     session = Session(tmp_path)
     printed = ""
     for block in blocks_of(page):

@@ -381,7 +381,7 @@ def test_no_damaged_file_harms_its_reader(whole: Path, damaged: list[tuple[float
                 assert all(isinstance(record, dict) for record in newest([path], {}, 100))
             else:
                 with contextlib.suppress(StoreError):
-                    store.open(whole).runs()
+                    store.open(whole).summaries()
         finally:
             path.write_bytes(before)
 

@@ -156,7 +156,7 @@ def test_what_was_under_way_ends_as_lost(tmp_path: Path) -> None:
     found = recover(tmp_path)
     assert (names(found.nodes), names(found.runs), found.files) == (["publish"], ["inner", "daily"], ())
     assert found.spans == len(rows(tmp_path)) == 7
-    daily = next(run for run in store.open(tmp_path).runs() if run.pipeline == "daily")
+    daily = next(run for run in store.open(tmp_path).summaries() if run.pipeline == "daily")
     assert (daily.outcome, daily.failure.message if daily.failure else "") == ("lost", "its process is gone")
     outcomes = {node.name: node.outcome for node in store.open(tmp_path).run(daily.run_id).nodes}
     lost = {"inner": "lost", "publish": "lost"}

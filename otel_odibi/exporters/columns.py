@@ -18,6 +18,8 @@ TEXT: Final = pa.string()
 TIME: Final = pa.timestamp("ns", tz="UTC")
 MAP: Final = pa.map_(pa.string(), pa.string())
 FLOAT: Final = pa.float64()
+WHOLE: Final = (b"otel_odibi.words", b"whole")
+"""Metadata of a file whose attribute values are all in the dictionary of their row group: to look there is enough."""
 
 _RANGES: Final = {
     TIME: (1 - 2**63, 2**63 - 1),

@@ -10,9 +10,17 @@ from typing import Any, Final
 
 import orjson
 
+from otel_odibi import names
 from otel_odibi.exporters.jsonl import read_lines
 
 Record = dict[str, Any]
+ATTRIBUTES: Final = {
+    names.PIPELINE_NAME: "pipeline", names.PIPELINE_RUN_ID: "run_id", names.NODE_NAME: "node_name",
+    names.NODE_LAYER: "layer", names.NODE_ENGINE: "engine", names.NODE_ATTEMPT: "attempt",
+    names.NODE_ROWS_IN: "rows_in", names.NODE_ROWS_OUT: "rows_out", names.NODE_BYTES_OUT: "bytes_out",
+    names.NODE_COLUMNS: "columns", names.NODE_CACHE_HIT: "cache_hit", names.ERROR_TYPE: "error_type",
+}  # fmt: skip
+"""Which field of a node's lines holds which attribute of its span."""
 _SLACK: Final = 1_000_000_000
 """Nanoseconds that a file's time of change may lag behind the last line in it: filesystems have clocks of their own."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cache, partial
 from importlib import import_module
 from operator import attrgetter
@@ -27,7 +28,7 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from otel_odibi import names
 from otel_odibi.errors import MissingExtraError
 from otel_odibi.exporters.otlpjson import dump, span_lines
-from otel_odibi.forks import after_fork
+from otel_odibi.forks import ForkGuard, after_fork
 from otel_odibi.settings import LEVELS, Settings
 
 SIGNALS: Final = {
@@ -82,8 +83,9 @@ class Sender:
         self.signal, self._settings, self._endpoint = signal, settings, endpoint
         protocol = os.environ.get(f"OTEL_EXPORTER_OTLP_{signal.upper()}_PROTOCOL", "").strip() or settings.otlp_protocol
         self._http = protocol != "grpc"
-        if not self._http:  # its core would tell standard error when a server stops
+        if not self._http:  # its core would tell standard error when a server stops, and hang in a forked child
             os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+            os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "1")
         module, _, name = SIGNALS[signal][1].partition(".")
         try:
             package = import_module(f"{_PROTO}.{'http' if self._http else 'grpc'}")
@@ -91,6 +93,7 @@ class Sender:
         except ImportError:
             raise MissingExtraError(f"OTLP over {protocol}", "otlp") from None
         self.exporter = self._make(**self._options())
+        self._calling = ForkGuard(self.close)  # gRPC hangs in a child that was forked within a call
         self.attempts = _all(self.exporter, _PARTS) or _all(getattr(self.exporter, "_client", None), _HTTP_PARTS)
         after_fork(self._forked)
 
@@ -121,8 +124,9 @@ class Sender:
         except Exception:  # noqa: BLE001 - torn or foreign
             return Answer("unreadable", lost=1, items=1)
         try:
-            self.exporter = self.exporter or self._make(**self._options())
-            answer = self._by_http(request) if self._http else self._by_grpc(request)
+            with nullcontext() if self._http else self._calling.lock:
+                self.exporter = self.exporter or self._make(**self._options())
+                answer = self._by_http(request) if self._http else self._by_grpc(request)
         except Exception as exc:  # noqa: BLE001 - a client that was closed meanwhile, for one
             return Answer(type(exc).__name__, retry=True)
         if answer.retry:
@@ -131,9 +135,10 @@ class Sender:
         return answer._replace(items=items, lost=items if answer.reason else answer.lost)
 
     def close(self) -> None:
-        """End the connection, and the attempt under way."""
-        if self.exporter is not None:
-            self.exporter.shutdown()
+        """End the connection, and the attempt under way; another would connect anew."""
+        exporter, self.exporter = self.exporter, None
+        if exporter is not None:
+            exporter.shutdown()
 
     def _by_http(self, request: Any) -> Answer:
         from opentelemetry.exporter.otlp.common.http import _extract_retry_after, _is_retryable

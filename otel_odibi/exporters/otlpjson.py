@@ -52,7 +52,7 @@ def span_lines(spans: Sequence[ReadableSpan]) -> Iterator[tuple[bytes, int]]:
 
 def _resource_spans(resource: Resource, scopes: Mapping[int, list[ReadableSpan]]) -> dict[str, Any]:
     return {
-        "resource": {"attributes": _attributes(resource.attributes)},
+        "resource": {"attributes": attributes_of(resource.attributes)},
         "scopeSpans": [_scope_spans(spans) for spans in scopes.values()],
         "schemaUrl": resource.schema_url,
     }
@@ -63,7 +63,7 @@ def _scope_spans(spans: list[ReadableSpan]) -> dict[str, Any]:
     encoded = [_span(span) for span in spans]
     if scope is None:
         return {"scope": {}, "spans": encoded}
-    named = {"name": scope.name, "version": scope.version or "", "attributes": _attributes(scope.attributes)}
+    named = {"name": scope.name, "version": scope.version or "", "attributes": attributes_of(scope.attributes)}
     return {"scope": named, "spans": encoded, "schemaUrl": scope.schema_url or ""}
 
 
@@ -77,7 +77,7 @@ def _span(span: ReadableSpan) -> dict[str, Any]:
         "kind": span.kind.value + 1,  # OTLP has 0 for unspecified
         "startTimeUnixNano": str(span.start_time or 0),
         "endTimeUnixNano": str(span.end_time or 0),
-        "attributes": _attributes(span.attributes),
+        "attributes": attributes_of(span.attributes),
         "status": {"code": status.status_code.value, "message": status.description or ""},
     }
     if parent:
@@ -106,7 +106,7 @@ def _event(event: Event) -> dict[str, Any]:
     return {
         "timeUnixNano": str(event.timestamp),
         "name": event.name,
-        "attributes": _attributes(event.attributes),
+        "attributes": attributes_of(event.attributes),
         "droppedAttributesCount": event.dropped_attributes,
     }
 
@@ -117,12 +117,13 @@ def _link(link: Link) -> dict[str, Any]:
         "spanId": f"{link.context.span_id:016x}",
         "traceState": _state(link.context),
         "flags": _flags(link.context),
-        "attributes": _attributes(link.attributes),
+        "attributes": attributes_of(link.attributes),
         "droppedAttributesCount": link.dropped_attributes,
     }
 
 
-def _attributes(attributes: Any, depth: int = 0) -> list[dict[str, Any]]:
+def attributes_of(attributes: Any, depth: int = 0) -> list[dict[str, Any]]:
+    """Return attributes as a list of KeyValue."""
     # The SDK's attributes are slow to iterate and quick to copy.
     items = attributes.copy() if hasattr(attributes, "copy") else attributes or {}
     return [{"key": key, "value": _value(value, depth)} for key, value in items.items()]
@@ -143,7 +144,7 @@ def _value(value: Any, depth: int) -> dict[str, Any]:
     if isinstance(value, bytes):
         return {"bytesValue": base64.b64encode(value).decode()}
     if depth < MAX_DEPTH and isinstance(value, Mapping):
-        return {"kvlistValue": {"values": _attributes(value, depth + 1)}}
+        return {"kvlistValue": {"values": attributes_of(value, depth + 1)}}
     if depth < MAX_DEPTH and isinstance(value, Sequence):
         return {"arrayValue": {"values": [_value(item, depth + 1) for item in value]}}
     return {"stringValue": to_json(value).decode()}

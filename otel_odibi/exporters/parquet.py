@@ -41,7 +41,7 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 from otel_odibi.errors import SettingError
 from otel_odibi.exporters.files import OnDrop, Outbox, Target
-from otel_odibi.forks import after_fork
+from otel_odibi.forks import after_fork, arrow
 
 # Rows are turned into Arrow by the thousand: less costs more a row, more holds the interpreter too long at a time.
 _BATCH: Final = 1_000
@@ -170,7 +170,8 @@ class _Roller:
         try:
             from otel_odibi.exporters.tables import to_batch
 
-            return [to_batch(folder, rows)]
+            with arrow.lock:
+                return [to_batch(folder, rows)]
         except ImportError:
             self._drop("no_pyarrow", len(rows))
             return []
@@ -193,7 +194,9 @@ class _Roller:
                 from otel_odibi.exporters.tables import to_parquet
 
                 if rows:
-                    self._outbox.put(_file_name(folder, day), to_parquet(batches), rows)
+                    with arrow.lock:
+                        file = to_parquet(batches)
+                    self._outbox.put(_file_name(folder, day), file, rows)
             except Exception:  # noqa: BLE001 - out of memory, as far as is known
                 self._drop("unwritable", rows)
 

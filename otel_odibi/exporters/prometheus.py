@@ -24,7 +24,7 @@ from prometheus_client import make_wsgi_app
 from prometheus_client.core import Metric
 
 from otel_odibi.errors import SettingError
-from otel_odibi.exporters.families import Losses, Source, expose
+from otel_odibi.exporters.families import Families, Losses, Source, expose
 from otel_odibi.exporters.translate import families
 from otel_odibi.forks import after_fork
 
@@ -40,7 +40,8 @@ class PrometheusReader(MetricReader):
     `host` is OTEL_EXPORTER_PROMETHEUS_HOST by default, else 127.0.0.1; `port` is OTEL_EXPORTER_PROMETHEUS_PORT, else
     9464; port 0 takes a free one. Clients that ask for OpenMetrics get exemplars. A scrape takes at most `timeout`
     seconds: one that fails, or hangs in somebody's callback, is answered with 503; scrapes at the same time share one
-    collection. `on_drop(reason, count)` is told what was left out. A forked child serves nothing: its parent goes on.
+    collection. `on_drop(reason, count)` is told what was left out. `among` puts what other processes count to what this
+    one does: see `TextfileMetricExporter.among`. A forked child serves nothing: its parent goes on.
 
     Raises `SettingError` where it cannot listen there.
     """
@@ -52,8 +53,10 @@ class PrometheusReader(MetricReader):
         *,
         timeout: float = 10.0,
         on_drop: Callable[[str, int], None] | None = None,
+        among: Callable[[Families], Families] = lambda own: own,
     ) -> None:
         super().__init__()
+        self._among = among
         self._timeout = timeout
         self._losses = Losses(on_drop)
         self._latest: MetricsData | None = None
@@ -114,7 +117,8 @@ class PrometheusReader(MetricReader):
         try:
             self._latest = None
             self.collect(timeout_millis=self._timeout * 1000)
-            scrape.set_result([] if self._latest is None else families(self._latest, lose=self._losses))
+            found = self._latest
+            scrape.set_result([] if found is None else families(found, lose=self._losses, among=self._among))
         except BaseException as exc:  # noqa: BLE001 - whoever waits must hear of it
             scrape.set_exception(exc)
 

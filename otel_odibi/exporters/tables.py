@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.trace import SpanKind, StatusCode, TraceState
 
-from otel_odibi.exporters.columns import FLOAT, MAP, TEXT, TIME, Column, build, text, type_of
+from otel_odibi.exporters.columns import FLOAT, MAP, TEXT, TIME, WHOLE, Column, build, text, type_of
 from otel_odibi.names import SERVICE_NAME
 
 # What no dictionary helps with. Bytes a span over 100,000 of them, 20 a trace, with 12 attributes and one link, where
@@ -26,6 +26,9 @@ from otel_odibi.names import SERVICE_NAME
 _DELTA: Final = "DELTA_BINARY_PACKED"
 _LENGTHS: Final = "DELTA_LENGTH_BYTE_ARRAY"
 _VALUES: Final = "SpanAttributes.key_value.value"
+GROUP: Final = 2**14
+"""Rows of a row group: a reader that needs little memory takes one at a time."""
+_MAX_WORDS: Final = 8 * 2**20  # bytes; far above it a dictionary is no gain
 _ENCODINGS: Final = {
     "Timestamp": _DELTA,
     "Duration": _DELTA,
@@ -176,21 +179,39 @@ def to_batch(folder: str, rows: Sequence[Any]) -> pa.RecordBatch:
 
 def to_parquet(batches: Sequence[pa.RecordBatch]) -> pa.Buffer:
     """Return record batches of one table as one Parquet file."""
-    table = pa.Table.from_batches(batches)
-    paths = _leaves(table.schema)
-    encodings = {path: _ENCODINGS[path] for path in paths if path in _ENCODINGS}
-    sink = pa.BufferOutputStream()
-    pq.write_table(
-        table,
+    table, sink = pa.Table.from_batches(batches), pa.BufferOutputStream()
+    with writer(sink, table.schema, few_values(table)) as file:
+        file.write_table(table, GROUP)
+    return sink.getvalue()
+
+
+def writer(sink: Any, schema: pa.Schema, few: bool) -> pq.ParquetWriter:
+    """Return a writer of one Parquet file; `few`: of each table that it gets `few_values` is true."""
+    paths = _leaves(schema)
+    encodings = {path: _ENCODINGS[path] for path in paths if path in _ENCODINGS and not (few and path == _VALUES)}
+    made = pq.ParquetWriter(
         sink,
+        schema,
         compression="zstd",
         compression_level={path: 6 if path == _VALUES else 1 for path in paths},
         use_dictionary=[path for path in paths if path not in encodings],
         column_encoding=encodings,
         write_statistics=[path for path in paths if "." not in path],  # of nested columns they prune nothing
+        dictionary_pagesize_limit=2 * _MAX_WORDS,
         store_schema=False,  # the Parquet types say it all
     )
-    return sink.getvalue()
+    if few and hasattr(made, "add_key_value_metadata"):  # since pyarrow 16
+        made.add_key_value_metadata(dict([WHOLE]))
+    return made
+
+
+def few_values(table: pa.Table) -> bool:
+    """Tell whether attribute values of spans repeat so often that a dictionary is smaller, and far quicker to read."""
+    if "SpanAttributes" not in table.column_names:
+        return False
+    values = pa.chunked_array([chunk.items for chunk in table["SpanAttributes"].chunks], TEXT)
+    words = values.unique()
+    return bool(len(words) * 4 <= len(values) and words.nbytes < _MAX_WORDS)
 
 
 @functools.cache

@@ -31,7 +31,7 @@ from otel_odibi.clean import plain_text
 from otel_odibi.errors import SettingError
 from otel_odibi.exporters.families import Buckets, Families, Family, Kind, Labels, Losses, Series, expose
 from otel_odibi.exporters.segments import NO_LOCKS, acquire, release, safe_name
-from otel_odibi.exporters.textstate import Part, load
+from otel_odibi.exporters.textstate import Part, State, load
 from otel_odibi.exporters.translate import translate
 from otel_odibi.forks import after_fork
 
@@ -69,6 +69,9 @@ class TextfileMetricExporter(MetricExporter):
         self._lose = Losses(on_drop)
         self._closed = False
         self._given: dict[_Key, Series] = {}
+        self._before: dict[_Key, Series] | None = None
+        self._others: dict[_Key, Series] = {}
+        self._seen = State()
         self._forked()
         after_fork(self._forked)
 
@@ -76,13 +79,49 @@ class TextfileMetricExporter(MetricExporter):
         self._lock = threading.Lock()
         self._inherited = self._given
         self._counted = self._given  # what the file holds of the values given, or a parent answers for
+        self._unwritten: MetricsData | None = None
         self._part = uuid.uuid4().hex
 
     def export(self, metrics_data: MetricsData, timeout_millis: float = 10_000, **kwargs: Any) -> MetricExportResult:
         """Write the file anew, with what has come since the last export. Waits for other processes at most 5 s."""
         with self._lock:
             written = not self._closed and self._write(metrics_data, timeout_millis)
+            self._unwritten = None if written else metrics_data
             return MetricExportResult.SUCCESS if written else MetricExportResult.FAILURE
+
+    def among(self, own: Families) -> Families:
+        """Return what this process shows with what others of the service have added since the first call of this.
+
+        Gauges are those of the file. Counts never go down, as long as those of `own` do not; where the file cannot be
+        read, others have added nothing. Needs the `service`.
+        """
+        with self._lock:
+            stem = safe_name(plain_text(self._service or ""))
+            try:
+                self._seen = load(self._directory / f".{stem}.state.json", self._directory / f"{stem}.prom", self._lose)
+            except OSError as exc:
+                self._lose.warn("read_failed", str(exc))
+            state = self._seen
+            if self._before is None:
+                self._before = {_key(f, labels): s for f in state.base.values() for labels, s in f.series.items()}
+            state.update((), self._part, self._limit, self._lose)
+            for family in state.base.values():
+                if family.kind not in _KEPT_BY_PROCESS:
+                    family.series = {labels: s for labels in family.series if (s := self._of_others(family, labels))}
+            state.parts[self._part] = Part("", 0, 0.0, 0.0, own)
+            return state.shown(self._limit, self._lose)
+
+    def _of_others(self, family: Family, labels: Labels) -> Series | None:
+        """Return what there is less what there was and what this process counted: as before but for a true increase."""
+        key, left = _key(family, labels), family.series[labels].value
+        least = 0.0 if isinstance(left, Buckets) else abs(left) * 1e-9  # differences of floats are rounded
+        known: Any
+        for known in (self._before or {}).get(key), self._counted.get(key):
+            if known is not None:
+                left = left.joined(known.value, _difference) if isinstance(left, Buckets) else left - known.value
+        if _count(left) - (_count(self._others[key].value) if key in self._others else 0.0) > least:
+            self._others[key] = Series(left)
+        return self._others.get(key)
 
     def force_flush(self, timeout_millis: float = 10_000) -> bool:
         """Do nothing: an export is complete when it returns."""
@@ -91,7 +130,8 @@ class TextfileMetricExporter(MetricExporter):
     def shutdown(self, timeout_millis: float = 30_000, **kwargs: Any) -> None:
         """Tell the file that this process has ended. Idempotent; never raises; later exports fail."""
         with self._lock:
-            if not self._closed and self._given:
+            left, goes = self._unwritten, self._given and not self._closed
+            if goes and (left is None or self._write(left, timeout_millis)):
                 self._write(MetricsData([]), timeout_millis)
             self._closed = True
 
@@ -163,6 +203,10 @@ def _less(kind: Kind, now: Series, then: Series | None) -> Series:
         return now if min(fresh.counts) < 0 else Series(fresh)
     left = _difference(now.value, then.value)  # type: ignore[arg-type]  # two numbers: a family is of one kind
     return now if left < 0 and kind == "counter" else Series(left)
+
+
+def _count(value: float | Buckets) -> float:
+    return value.counts[-1] if isinstance(value, Buckets) else value
 
 
 def _difference(now: float, then: float) -> float:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from itertools import chain
 from typing import Any, Final
@@ -40,13 +40,16 @@ _OWN: Final = {(i.name, i.kind.replace("updowncounter", "updown")): i for i in n
 _LOSSES: Final = Losses()
 
 
-def families(data: sdk.MetricsData, *, lose: Lose = _LOSSES) -> list[Metric]:
+def families(
+    data: sdk.MetricsData, *, lose: Lose = _LOSSES, among: Callable[[Families], Families] = lambda own: own
+) -> list[Metric]:
     """Return `data`, cumulative metrics, as the families that prometheus_client's writers take. Never raises.
 
     The attributes of the resource come first, as the family `target`. What cannot be shown (delta temporality, a name
-    that a metric of another type has) is left out and goes to `lose`: by default, one warning.
+    that a metric of another type has) is left out and goes to `lose`: by default, one warning. `among` may add what
+    other processes count.
     """
-    found = translate(data, lose=lose)
+    found = among(translate(data, lose=lose))
     metrics = [family.metric() for family in found.values()]
     attributes = next((r.resource.attributes for r in data.resource_metrics if r.resource.attributes), None)
     if not attributes or found.keys() & {"target", "target_info"}:

@@ -19,18 +19,31 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Collection, Generator
+import sys
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import TracebackType
 from typing import Any, ClassVar, Final, TypeVar
 
+from opentelemetry.instrumentation.dependencies import get_dependency_conflicts
 from opentelemetry.instrumentation.instrumentor import BaseInstrumentor  # type: ignore[attr-defined]
+from typing_extensions import Self
+from wrapt import register_post_import_hook
 
 from otel_odibi import names
+from otel_odibi.calls import Node, Run, current_pipeline, inputs_of
+from otel_odibi.propagate import parcel, unpacked
 from otel_odibi.runtime import live
 
 Function = Callable[..., Any]
-Advice = Callable[..., Generator[None, Any, object]]
+Advised = Generator[None, Any, None]
+Advice = Callable[..., Advised]
 T = TypeVar("T")
 _ABSENT: Final = object()
+LIBRARIES: Final = frozenset(
+    ["cudf", "dask", "duckdb", "geopandas", "ibis", "modin", "numpy", "pandas", "polars", "pyarrow", "pyspark", "vaex"]
+)
+"""Libraries of tables, whose name is the engine of a node that gives one of their values."""
 
 
 class Engine(BaseInstrumentor):  # type: ignore[misc]  # untyped there
@@ -42,6 +55,8 @@ class Engine(BaseInstrumentor):  # type: ignore[misc]  # untyped there
 
     requires: ClassVar[tuple[str, ...]] = ()
     """Requirements as pip reads them, all of which have to be met."""
+    any_of: ClassVar[tuple[str, ...]] = ()
+    """Requirements of which one has to be met, for an engine that is published under several names."""
 
     _undo: list[Callable[[], None]]
 
@@ -51,20 +66,35 @@ class Engine(BaseInstrumentor):  # type: ignore[misc]  # untyped there
 
     def instrumentation_dependencies(self) -> Collection[str]:
         """Return what has to be installed for this to be of use."""
-        return self.requires
+        met = next((one for one in self.any_of if get_dependency_conflicts([one]) is None), None)
+        return (*self.requires, *(self.any_of[:1] if met is None else [met]))
 
     def _instrument(self, **kwargs: Any) -> None:
         self._undo = []
-        try:
-            self.install(**kwargs)
-        except Exception as exc:  # noqa: BLE001 - the host's program has to start all the same
-            self._uninstrument()
-            logger = logging.getLogger(names.SCOPE)
-            logger.warning("%s: this release of the engine cannot be instrumented: %r", type(self).__name__, exc)
+        self._try(functools.partial(self.install, **kwargs))
 
     def _uninstrument(self, **kwargs: Any) -> None:
-        while self._undo:
-            self._undo.pop()()
+        changes, self._undo = self._undo, []
+        while changes:
+            changes.pop()()
+
+    def _try(self, change: Callable[[], None]) -> None:
+        try:
+            change()
+        except Exception as exc:  # noqa: BLE001 - the host's program has to start all the same
+            self._uninstrument()
+            absent = isinstance(exc, ModuleNotFoundError) and "." not in (exc.name or ".")  # all of the engine
+            level = logging.DEBUG if absent else logging.WARNING  # opentelemetry-instrument tries every one there is
+            text = "%s: this release of the engine cannot be instrumented: %r"
+            logging.getLogger(names.SCOPE).log(level, text, type(self).__name__, exc)
+
+    def when_imported(self, module: str, change: Callable[[], None]) -> None:
+        """Have `change` called once the program has imported `module`, or now if it has: a part of `install`.
+
+        For an engine whose import takes long or sets something up, in programs that do not use it.
+        """
+        instrumented = self._undo
+        register_post_import_hook(lambda _: self._try(change) if self._undo is instrumented else None, module)
 
     def undo(self, action: Callable[[], None]) -> None:
         """Have `uninstrument()` call this too; what was given last is called first."""
@@ -102,37 +132,122 @@ def ask(fn: Callable[..., T], *args: Any, default: T | None = None) -> T | None:
         return default
 
 
+def engine_of(kind: object) -> str:
+    """Return the name of the library of tables that a type, or an annotation, is from; "" where it is from none."""
+    package = str(getattr(kind, "__module__", "")).partition(".")[0]
+    return package if package in LIBRARIES else ""
+
+
+def take(call: Node, inputs: Sequence[object]) -> None:
+    """Count the rows of a node's inputs, and look for no producers: its engine knows better who they are."""
+    rt = live()
+    if rt is not None:
+        call.input(rows=inputs_of(rt, inputs, {})[0])
+
+
+class Ticket:
+    """A run, for those who work on a part of it: the run itself in a thread, its parcel in the process it is sent to.
+
+    Made where the run is at hand. Thread-safe; can be pickled.
+    """
+
+    def __init__(self, run: Run) -> None:
+        with run.inside():
+            self._parcel = parcel()
+        self.run: Run | None = run
+
+    def __getstate__(self) -> bytes:
+        return self._parcel
+
+    def __setstate__(self, parcel: bytes) -> None:
+        self._parcel, self.run = parcel, None
+        with unpacked(parcel):  # which configures a process where nothing is, so that `begin` finds it live
+            pass
+
+    def inside(self) -> AbstractContextManager[None]:
+        """Make the run current for a block."""
+        return unpacked(self._parcel) if self.run is None else self.run.inside()
+
+
+class Judged:
+    """A pipeline, node or attempt of an engine that returns failures, or wraps them.
+
+        with Judged(node("join")) as judged:
+            result = yield
+            judged.error = result.error
+
+    It ends as if `error`, where set, had been raised. `call` is the run, node or attempt itself.
+    """
+
+    def __init__(self, scope: Any) -> None:
+        self.error: BaseException | None = None
+        self.call: Any = None
+        self._scope = scope
+
+    def __enter__(self) -> Self:
+        self.call = self._scope.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        exc, self.error = self.error or exc, None
+        self._scope.__exit__(None if exc is None else type(exc), exc, tb)
+
+
+class Runs:
+    """The runs under way, each by the object of its engine that is at hand in a pool's threads too. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._runs: dict[int, tuple[Run, Any]] = {}
+
+    @contextmanager
+    def hold(self, owner: object, run: Run, note: Any = None) -> Iterator[None]:
+        """Have `join(owner)` find `run`, and what is noted of it, for the time of a block."""
+        self._runs[id(owner)] = run, note
+        try:
+            yield
+        finally:
+            self._runs.pop(id(owner), None)
+
+    @contextmanager
+    def join(self, owner: object) -> Iterator[Any]:
+        """Make the run current where none is, as in a thread of a pool; give what is noted of it, or None."""
+        run, note = self._runs.get(id(owner), (None, None))
+        with nullcontext() if run is None or current_pipeline() else run.inside():
+            yield note
+
+
 def _advised(fn: Function, advice: Advice) -> Function:
     if inspect.iscoroutinefunction(fn):
 
         @functools.wraps(fn)
         async def advised_coroutine(*args: Any, **kwargs: Any) -> Any:
-            work = _begin(advice, args, kwargs)
+            work = begin(advice, *args, **kwargs)
             try:
                 result = await fn(*args, **kwargs)
             except BaseException as exc:
-                _fail(work, exc)
+                _finish(work, None, exc)
                 raise
-            _succeed(work, result)
+            _finish(work, result, None)
             return result
 
         return advised_coroutine
 
     @functools.wraps(fn)
     def advised(*args: Any, **kwargs: Any) -> Any:
-        work = _begin(advice, args, kwargs)
+        work = begin(advice, *args, **kwargs)
         try:
             result = fn(*args, **kwargs)
         except BaseException as exc:
-            _fail(work, exc)
+            _finish(work, None, exc)
             raise
-        _succeed(work, result)
+        _finish(work, result, None)
         return result
 
     return advised
 
 
-def _begin(advice: Advice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generator[None, Any, object] | None:
+def begin(advice: Advice, /, *args: Any, **kwargs: Any) -> Advised | None:
+    """Run `advice` up to its `yield`, for an engine that calls hooks before and after; its rest is run by `end`."""
     if live() is None:
         return None
     try:
@@ -146,30 +261,30 @@ def _begin(advice: Advice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Gen
     return work
 
 
-def _succeed(work: Generator[None, Any, object] | None, result: object) -> None:
-    try:
-        if work is not None:
-            work.send(result)
-    except StopIteration:
-        pass
-    except Exception as exc:  # noqa: BLE001 - telemetry never harms
-        _report(exc)
+def end(work: Advised | None, result: object = None, error: BaseException | None = None) -> None:
+    """Run the rest of what `begin` began, in the same thread: `yield` gives `result`, or raises `error` where given.
+
+    An interrupt that is on its way is the error where the hook was not told of one.
+    """
+    raised = sys.exc_info()[1]
+    _finish(work, result, raised if error is None and not isinstance(raised, Exception) else error)
 
 
-def _fail(work: Generator[None, Any, object] | None, raised: BaseException) -> None:
-    trace = raised.__traceback__
+def _finish(work: Advised | None, result: object, error: BaseException | None) -> None:
+    trace = None if error is None else error.__traceback__
     try:
         if work is not None:
-            work.throw(raised)
+            work.send(result) if error is None else work.throw(error)
     except StopIteration:
         pass
     except BaseException as exc:
-        if exc is not raised and not isinstance(exc, Exception):
+        if exc is not error and not isinstance(exc, Exception):
             raise
-        if exc is not raised:
+        if exc is not error:
             _report(exc)
     finally:
-        raised.__traceback__ = trace
+        if error is not None:
+            error.__traceback__ = trace
 
 
 def _report(exc: BaseException) -> None:
