@@ -26,7 +26,7 @@ from otel_odibi.names import SERVICE_NAME
 _DELTA: Final = "DELTA_BINARY_PACKED"
 _LENGTHS: Final = "DELTA_LENGTH_BYTE_ARRAY"
 _VALUES: Final = "SpanAttributes.key_value.value"
-GROUP: Final = 2**14
+GROUP: Final = 17_000
 """Rows of a row group: a reader that needs little memory takes one at a time."""
 _MAX_WORDS: Final = 8 * 2**20  # bytes; far above it a dictionary is no gain
 _ENCODINGS: Final = {

@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 
 from otel_odibi.errors import StoreError
 from otel_odibi.exporters.files import Target
+from otel_odibi.exporters.tables import SCHEMAS
 from otel_odibi.store import alive, lines, spans, tables
 from otel_odibi.store.facts import among, begins
 from otel_odibi.store.files import Files, listed
@@ -54,15 +55,9 @@ __all__ = [
 
 LAST: Final = "last"
 """In place of a run id: the run that ended last, so never one inside another."""
+_AT_ONCE: Final = 60_000  # rows: less take longer, more take more memory
 _SLACK: Final = 3600 * 10**9  # by which clocks may differ
 _RUN: Final = (*tables.RUN_COLUMNS, "Events")
-
-
-def schemas() -> dict[str, pa.Schema]:
-    """Return the schemas of the datasets, by folder."""
-    from otel_odibi.exporters.tables import SCHEMAS
-
-    return SCHEMAS
 
 
 class Store:
@@ -145,7 +140,7 @@ class Store:
         columns: Sequence[str] | None = None,
     ) -> pa.Table:  # fmt: skip
         """Return spans as they are in the files, each once. Raises StoreError for a column that there is not."""
-        schema = schemas()["spans"]
+        schema = SCHEMAS["spans"]
         if unknown := set(columns or ()) - set(schema.names):
             raise StoreError(
                 f"spans have no column {', '.join(sorted(unknown))}; choose from {', '.join(schema.names)}"
@@ -155,7 +150,7 @@ class Store:
 
     def metrics(self, name: str = "", since_ns: int | None = None) -> pa.Table:
         """Return metric points by time, of all kinds in one table: what a kind has not is null."""
-        return spans.points(self._place, schemas(), name, since_ns)
+        return spans.points(self._place, name, since_ns)
 
     # --- log lines -----------------------------------------------------------------------------------------------
 
@@ -247,9 +242,9 @@ class Store:
         self, asked: Asked, wanted: Sequence[str], reduce: Callable[[pa.Table], pa.Table] | None = None
     ) -> pa.Table:
         """Return executions, or what `reduce` makes of some of them at a time, so that memory holds no more."""
-        found = parts(self._place, "spans", "Timestamp", tables.NEEDED, asked.since_ns)
+        found = parts(self._place, "spans", tables.NEEDED, asked.since_ns, SpanName=asked.span_name)
         going = alive.rows_under_way(self._place)
-        within = [EVER] if len(going) else clashes(found)
+        within = [EVER] if len(going) else clashes(self._place, found)
         more = list(dict.fromkeys([*wanted, *(("start", "span_id") if within else ())]))
         made = reduce or (lambda table: table.select(wanted))
 
@@ -257,29 +252,43 @@ class Store:
             table = asked.of(part, more)
             if table is None:
                 return None
-            sure, suspect = parted(table, within, "start")
-            return made(sure), suspect
+            return parted(table, within, "start")
 
-        pairs = each(self._place, found, of, lambda part: part.path)
-        suspect = pa.concat_tables([*(suspect for _, suspect in pairs), asked.table(going, more)])
-        rest = distinct(suspect, "span_id") if within else suspect
-        return pa.concat_tables([*(sure for sure, _ in pairs), made(rest)])
+        pairs = each(self._place, found, of)
+        done, waiting, suspects = list[pa.Table](), list[pa.Table](), [asked.table(going, more)]
+        for sure, suspect in pairs:
+            waiting.append(sure)
+            suspects.insert(-1, suspect)
+            if sum(map(len, waiting)) >= _AT_ONCE:
+                done.append(made(pa.concat_tables(waiting)))
+                waiting.clear()
+        rest = pa.concat_tables(suspects)
+        return pa.concat_tables(
+            [*done, made(pa.concat_tables([*waiting, distinct(rest, "span_id") if within else rest]))]
+        )
 
     @steady
-    def _runs(self, columns: Sequence[str], pipeline: str = "", since_ns: int | None = None) -> pa.Table:
-        found = parts(self._place, "spans", "Timestamp", tables.NEEDED, since_ns)
+    def _runs(
+        self, columns: Sequence[str], pipeline: str = "", since_ns: int | None = None, mention: str = ""
+    ) -> pa.Table:
+        """Return runs as rows of spans; with `mention`, those perhaps alone whose ids begin with it."""
+        found = parts(self._place, "spans", tables.NEEDED, since_ns)
 
         def of(part: Part) -> pa.Table | None:
+            if not part.may_mention([mention] if mention else None):
+                return None
             keep = begins(part.read(["SpanName"], tables.SPANS)["SpanName"], tables.PIPELINE)
             if not pc.any(keep).as_py():
                 return None
             return tables.runs_of(part.read(columns, tables.SPANS).filter(keep), pipeline, since_ns)
 
         going = tables.runs_of(alive.rows_under_way(self._place).select(list(columns)), pipeline, since_ns)
-        return distinct(pa.concat_tables([*each(self._place, found, of, lambda part: part.path), going]), "SpanId")
+        return distinct(pa.concat_tables([*each(self._place, found, of), going]), "SpanId")
 
     def _find(self, run_id: str) -> RunSummary:
-        runs = tables.by_end(self._runs(_RUN))
+        runs = tables.by_end(self._runs(_RUN, mention="" if run_id == LAST else run_id))
+        if not len(runs) and run_id != LAST:
+            runs = tables.by_end(self._runs(_RUN))
         finished = runs.filter(pc.invert(among(runs["outcome"], [RUNNING])))
         if not len(runs) or (run_id == LAST and not len(finished)):
             raise StoreError(f"no finished run in {str(self._place)!r}; run a pipeline, or name another directory")

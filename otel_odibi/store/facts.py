@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from otel_odibi import names
+from otel_odibi.exporters.columns import MAP, TEXT
 
-TEXT: Final = pa.string()
 WORD: Final = pa.dictionary(pa.int32(), TEXT)
 FACTS: Final[Mapping[str, tuple[str, pa.DataType]]] = {
     "pipeline": (names.PIPELINE_NAME, WORD), "run_id": (names.PIPELINE_RUN_ID, WORD),
@@ -32,7 +32,7 @@ def with_facts(spans: pa.Table, wanted: Collection[str], needs: str) -> Iterator
     several times as fast as looking it up row by row. What is no number where one should be is null.
     """
     spans = spans.combine_chunks()
-    maps = spans["SpanAttributes"].combine_chunks() if len(spans) else pa.array([], pa.map_(TEXT, TEXT))
+    maps = spans["SpanAttributes"].combine_chunks() if len(spans) else pa.array([], MAP)
     maps = maps.chunk(0) if isinstance(maps, pa.ChunkedArray) else maps
     if not isinstance(maps.keys, pa.DictionaryArray) or not isinstance(maps.items, pa.DictionaryArray):
         maps = pa.MapArray.from_arrays(maps.offsets, maps.keys.dictionary_encode(), maps.items.dictionary_encode())

@@ -249,16 +249,21 @@ def _following(place: Place, wanted: Wanted, stop: Event, seconds: float, known:
     try:
         while True:
             ended, found = stop.is_set(), list[Record]()
-            there = {_identity(info.path): info for info in log_files(place) if not info.path.endswith(".gz")}
-            for key in there.keys() - streams.keys():
-                with contextlib.suppress(OSError):
-                    streams[key] = open(there[key].path, "rb")  # noqa: SIM115 - it can be read though it is renamed
-                    streams[key].seek(known.get(key, 0))
+            for info in log_files(place):
+                if not info.path.endswith(".gz") and _identity(info.path) not in streams:
+                    with contextlib.suppress(OSError):
+                        stream: BinaryIO = open(info.path, "rb")  # noqa: SIM115 - it can be read on though it is renamed
+                        key = _identity(stream.fileno())  # it may have been renamed just now
+                        stream.seek(known.pop(key, 0))  # once: numbers of deleted files come again
+                        if streams.setdefault(key, stream) is not stream:
+                            stream.close()
             for key, stream in list(streams.items()):
+                gone = not os.fstat(stream.fileno()).st_nlink
                 *lines, rests[key] = (rests.get(key, b"") + stream.read()).split(b"\n")
                 found += [record for line in lines if (record := _parsed(line)) and wanted.meets(record)]
-                if key not in there:
+                if gone:
                     streams.pop(key).close()
+                    del rests[key]
             yield from sorted(found, key=time_of)
             if ended:
                 return
@@ -268,7 +273,7 @@ def _following(place: Place, wanted: Wanted, stop: Event, seconds: float, known:
             stream.close()
 
 
-def _identity(path: str) -> tuple[int, int]:
+def _identity(path: str | int) -> tuple[int, int]:
     with contextlib.suppress(OSError):
         info = os.stat(path)
         return info.st_dev, info.st_ino

@@ -6,80 +6,77 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, NamedTuple, ParamSpec, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from otel_odibi.errors import StoreError
-from otel_odibi.exporters.columns import WHOLE
+from otel_odibi.exporters.columns import TIME, WHOLE
 from otel_odibi.store.place import ODD, Place
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Interval = tuple[int, int]
-TIME: Final = pa.timestamp("ns", tz="UTC")
 EVER: Final = (-(2**63), 2**63 - 1)
 _THREADS: Final = min(4, os.cpu_count() or 1)
-_UNITS: Final = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
-# What can be read as a dictionary, at a third of the price of texts, if it is encoded as one.
+_FORMAT: Final = ds.ParquetFileFormat()
+# What is read as dictionaries, at a third of the price of texts, if it is encoded so.
 _WORDS: Final = ("SpanName", "ServiceName", "StatusCode", "SpanAttributes.", "MetricName")
-_AS_DICTIONARY: Final = frozenset(("PLAIN", "RLE", "BIT_PACKED", "RLE_DICTIONARY", "PLAIN_DICTIONARY"))
-_ZSTD: Final = b"\x28\xb5\x2f\xfd"
 
 
 class Part(NamedTuple):
-    """A row group of a file. `times`: of its first and last row in time, as far as the file tells."""
+    """A row group of a file; `words`, common to those of a file, are the columns to be read as dictionaries.
+
+    Of the file's metadata nothing is asked that is particular to a chunk of a column: where a damaged file has made
+    nonsense of that, asking would end the process.
+    """
 
     place: Place
     path: str
     metadata: pq.FileMetaData
-    schema: pa.Schema
     words: list[str]
     group: int
-    times: Interval
 
     def read(self, columns: Iterable[str], schema: pa.Schema) -> pa.Table:
         """Return columns; those that the file has not are null. Raises what a damaged file makes pyarrow raise."""
         wanted, rows = list(columns), self.metadata.row_group(self.group).num_rows
-        with self.place.filesystem.open_input_file(self.path) as source:
-            file = pq.ParquetFile(source, metadata=self.metadata, read_dictionary=self.words)
-            table = file.read_row_group(self.group, columns=wanted, use_threads=False)
-        has = set(table.column_names)
-        made = [
-            _as(table[n], schema.field(n).type) if n in has else pa.nulls(rows, schema.field(n).type) for n in wanted
-        ]
-        return pa.table(dict(zip(wanted, made, strict=True)))
+        try:
+            with self._opened() as file:
+                table = file.read_row_group(self.group, columns=wanted, use_threads=False)
+        except (OSError, NotImplementedError) as exc:
+            if not self.words or "Not yet implemented" not in str(exc):
+                raise
+            # Values are encoded otherwise if they hardly repeat; others may have encoded anything otherwise.
+            self.words[:] = [path for path in self.words if not path.endswith(".value") and len(self.words) > 4]
+            return self.read(wanted, schema)
+        has, kinds = set(table.column_names), {name: schema.field(name).type for name in wanted}
+        return pa.table({n: _as(table[n], kinds[n]) if n in has else pa.nulls(rows, kinds[n]) for n in wanted})
 
-    def may_hold(self, column: str, text: str) -> bool:
-        """Tell whether a text can be among those of a column, as far as the file tells."""
-        told = self._statistics(column) if text else None
-        return told is None or bool(told.min_raw <= text.encode() <= told.max_raw)
-
-    def may_mention(self, texts: Collection[str] | None) -> bool:
-        """Tell whether one of some attribute values can occur: not if it is in no dictionary that holds them all."""
-        if texts is None or (self.metadata.metadata or {}).get(WHOLE[0]) != WHOLE[1]:
+    def may_mention(self, beginnings: Collection[str] | None) -> bool:
+        """Tell whether a value of an attribute can begin with one of these: not if no word of the file does."""
+        values = [path for path in self.words if path.startswith("SpanAttributes.") and path.endswith(".value")]
+        if beginnings is None or not values or (self.metadata.metadata or {}).get(WHOLE[0]) != WHOLE[1]:
             return True
-        chunk = self._chunk("SpanAttributes.", ".value")
-        start, end = chunk.dictionary_page_offset, chunk.data_page_offset
+        with self._opened() as file:  # the first row comes with all words
+            batch = next(file.iter_batches(1, row_groups=[self.group], columns=values, use_threads=False))
+        words = batch.column(0).flatten().field(0).dictionary
+        return any(pc.any(pc.starts_with(words, text)).as_py() for text in beginnings)
+
+    def times(self, column: str) -> Interval:
+        """Return the times of the first and the last row."""
+        schema = pa.schema([(column, TIME)])
+        found = pc.min_max(self.read([column], schema)[column].cast(pa.int64())).as_py()
+        return (found["min"], found["max"]) if found["min"] is not None else (EVER[1], EVER[0])
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[pq.ParquetFile]:
         with self.place.filesystem.open_input_file(self.path) as source:
-            page = source.read_at(end - start, start)
-        with pa.input_stream(pa.py_buffer(page[page.index(_ZSTD) :]), compression="zstd") as stream:
-            words = stream.read()
-        return any(text.encode() in words for text in texts)
-
-    def _chunk(self, start: str, end: str = "") -> Any:
-        group = self.metadata.row_group(self.group)
-        chunks = (group.column(number) for number in range(group.num_columns))
-        return next((c for c in chunks if c.path_in_schema.startswith(start) and c.path_in_schema.endswith(end)), None)
-
-    def _statistics(self, column: str) -> Any:
-        chunk = self._chunk(column)
-        told = None if chunk is None or chunk.path_in_schema != column else chunk.statistics
-        return told if told is not None and told.has_min_max else None
+            yield pq.ParquetFile(source, metadata=self.metadata, read_dictionary=self.words)
 
 
 def _as(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
@@ -89,26 +86,29 @@ def _as(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
     return column if column.type == kind or is_words else column.cast(kind)
 
 
-def parts(
-    place: Place, folder: str, time_column: str, needed: Iterable[str], since_ns: int | None = None
-) -> list[Part]:
-    """Return the row groups of a dataset that may have rows since then. Files that cannot be read are told of."""
+def parts(place: Place, folder: str, needed: Sequence[str], since_ns: int | None = None, **texts: str) -> list[Part]:
+    """Return the row groups that may have rows since then, of which columns are such texts, if these are not empty.
+
+    The first of the columns that are `needed` is the time. Files that cannot be read are told of.
+    """
     day = "" if since_ns is None else time.strftime("%Y-%m-%d", time.gmtime(max(0, since_ns) // 10**9))
 
     def opened(path: str) -> list[Part]:
-        with place.filesystem.open_input_file(path) as source:
-            metadata = pq.read_metadata(source)
-        schema, words = metadata.schema.to_arrow_schema(), _words(metadata)
+        fragment = _FORMAT.make_fragment(path, place.filesystem)
+        metadata, schema = fragment.metadata, fragment.physical_schema
         if missing := set(needed) - set(schema.names):
             raise ValueError(f"it has no column {', '.join(sorted(missing))}")
-        return [
-            part._replace(times=_times(part, time_column))
-            for group in range(metadata.num_row_groups)
-            for part in [Part(place, path, metadata, schema, words, group, EVER)]
-        ]
+        for column, text in texts.items():
+            fragment = fragment.subset(pc.field(column) == text) if text else fragment
+        if since_ns is not None:
+            since = pa.scalar(since_ns, TIME).cast(schema.field(needed[0]).type, safe=False)
+            fragment = fragment.subset(pc.field(needed[0]) >= since)
+        columns = map(metadata.schema.column, range(metadata.num_columns))
+        words = [c.path for c in columns if c.path.startswith(_WORDS) and c.physical_type == "BYTE_ARRAY"]
+        return [Part(place, path, metadata, words, group.id) for group in fragment.row_groups]
 
     found = each(place, [info.path for info in place.dated(folder, day)], opened, str)
-    return [part for group in found for part in group if since_ns is None or part.times[1] >= since_ns]
+    return [part for group in found for part in group]
 
 
 class Vanished(Exception):
@@ -121,15 +121,26 @@ def steady(read: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(read)
     def again(*args: P.args, **kwargs: P.kwargs) -> R:
         for _ in range(20):
-            with contextlib.suppress(Vanished):
+            try:
                 return read(*args, **kwargs)
+            except Vanished:  # noqa: PERF203
+                continue
+            finally:
+                pa.default_memory_pool().release_unused()
         raise StoreError("files vanish faster than they can be read; try again when the directory is at rest")
 
     return again
 
 
-def each(place: Place, items: Sequence[Any], work: Callable[[Any], Any], path_of: Callable[[Any], str]) -> list[Any]:
-    """Return what `work` makes of each item, without those that cannot be read, which are told of."""
+def path_of(part: Part) -> str:
+    """Return the path of a row group's file."""
+    return part.path
+
+
+def each(
+    place: Place, items: Sequence[Any], work: Callable[[Any], Any], path_of: Callable[[Any], str] = path_of
+) -> Iterator[Any]:
+    """Yield what `work` makes of each item, without those that cannot be read, which are told of."""
 
     def guarded(item: Any) -> Any:
         try:
@@ -141,38 +152,20 @@ def each(place: Place, items: Sequence[Any], work: Callable[[Any], Any], path_of
             return None
 
     with ThreadPoolExecutor(_THREADS, "otel-odibi-store") as pool:
-        return [made for made in pool.map(guarded, items) if made is not None]
+        yield from (made for made in pool.map(guarded, items) if made is not None)
 
 
-def _words(metadata: pq.FileMetaData) -> list[str]:
-    """Return the columns to be read as dictionaries: in older files, and those of others, not all can be."""
-    cannot, found = set[str](), set[str]()
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        for chunk in map(group.column, range(group.num_columns)):
-            if chunk.path_in_schema.startswith(_WORDS):
-                good = chunk.physical_type == "BYTE_ARRAY" and _AS_DICTIONARY.issuperset(chunk.encodings)
-                (found if good else cannot).add(chunk.path_in_schema)
-    return sorted(found - cannot)
-
-
-def _times(part: Part, column: str) -> Interval:
-    kind, told = part.schema.field(column).type, part._statistics(column)
-    if told is None or not pa.types.is_timestamp(kind):
-        return EVER
-    return told.min_raw * _UNITS[kind.unit], (told.max_raw + 1) * _UNITS[kind.unit] - 1
-
-
-def clashes(found: Sequence[Part]) -> list[Interval]:
+def clashes(place: Place, found: Sequence[Part]) -> list[Interval]:
     """Return the times in which several files have rows: only there can a row be in two of them."""
     files: dict[str, Interval] = {}
-    for part in found:
-        first, last = files.get(part.path, part.times)
-        files[part.path] = min(first, part.times[0]), max(last, part.times[1])
+    if len({part.path for part in found}) > 1:
+        for path, times in each(place, found, lambda part: (part.path, part.times("Timestamp")), path_of):
+            first, last = files.get(path, times)
+            files[path] = min(first, times[0]), max(last, times[1])
     out: list[Interval] = []
     reached = EVER[0]
     for first, last in sorted(files.values()):
-        if first <= reached and len(files) > 1:
+        if first <= reached:
             end = min(last, reached)
             if out and first <= out[-1][1]:
                 first, end = out[-1][0], max(out.pop()[1], end)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from otel_odibi.exporters.tables import SCHEMAS
 from otel_odibi.store.facts import among, with_facts
 from otel_odibi.store.parquet import Part, clashes, distinct, each, parted, parts, steady
 from otel_odibi.store.place import Place
 from otel_odibi.store.tables import NEEDED, kept, plain, since
-
-KINDS: Final = ("gauge", "sum", "histogram", "exponential_histogram")
 
 
 @steady
@@ -22,13 +20,13 @@ def find(
     since_ns: int | None = None,
 ) -> pa.Table:  # fmt: skip
     """Return columns of the spans asked for, read only where they may be."""
-    found = parts(place, "spans", "Timestamp", NEEDED, since_ns)
-    within = clashes(found)
+    found = parts(place, "spans", NEEDED, since_ns, SpanName=name, TraceId=trace)
+    within = clashes(place, found)
     wanted = list(dict.fromkeys([*columns, *(("Timestamp", "SpanId") if within else ())]))
     texts = {column: text for column, text in (("SpanName", name), ("TraceId", trace)) if text}
 
     def of(part: Part) -> pa.Table | None:
-        if not part.may_mention([run] if run else None) or not all(map(part.may_hold, texts, texts.values())):
+        if not part.may_mention([run] if run else None):
             return None
         tested = part.read(["Timestamp", *texts, *(["SpanAttributes"] if run else [])], schema)
         masks = [among(tested[column], [text]) for column, text in texts.items()] + since(tested, since_ns)
@@ -44,27 +42,27 @@ def find(
             return None
         return plain(kept(part.read(wanted, schema), masks))
 
-    tables = each(place, found, of, lambda part: part.path)
+    tables = each(place, found, of)
     empty = pa.schema([schema.field(column) for column in wanted]).empty_table()
     sure, suspect = parted(pa.concat_tables([empty, *tables]), within, "Timestamp")
     return pa.concat_tables([sure, distinct(suspect, "SpanId")] if len(suspect) else [sure]).select(list(columns))
 
 
-def points(place: Place, schemas: dict[str, pa.Schema], name: str, since_ns: int | None) -> pa.Table:
+def points(place: Place, name: str, since_ns: int | None) -> pa.Table:
     """Return metric points of all kinds in one table, by time: what a kind has not is null."""
-    made = [_of_kind(place, kind, schemas[f"metrics/{kind}"], name, since_ns) for kind in KINDS]
+    made = [_of_kind(place, folder, name, since_ns) for folder in SCHEMAS if folder != "spans"]
     return pa.concat_tables(made, promote_options="default").sort_by("TimeUnix")
 
 
 @steady
-def _of_kind(place: Place, kind: str, schema: pa.Schema, name: str, since_ns: int | None) -> pa.Table:
-    def of(part: Part) -> pa.Table | None:
-        if not part.may_hold("MetricName", name):
-            return None
+def _of_kind(place: Place, folder: str, name: str, since_ns: int | None) -> pa.Table:
+    schema = SCHEMAS[folder]
+
+    def of(part: Part) -> pa.Table:
         table = part.read(schema.names, schema)
         named = [among(table["MetricName"], [name])] if name else []
         return plain(kept(table, [*named, *since(table, since_ns, "TimeUnix")]))
 
-    found = parts(place, f"metrics/{kind}", "TimeUnix", ("TimeUnix", "MetricName"), since_ns)
-    table = pa.concat_tables([schema.empty_table(), *each(place, found, of, lambda part: part.path)])
-    return table.add_column(0, "Kind", pa.repeat(pa.scalar(kind), len(table)))
+    found = parts(place, folder, ("TimeUnix", "MetricName"), since_ns, MetricName=name)
+    table = pa.concat_tables([schema.empty_table(), *each(place, found, of)])
+    return table.add_column(0, "Kind", pa.repeat(pa.scalar(folder.partition("/")[2]), len(table)))

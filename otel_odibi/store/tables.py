@@ -9,17 +9,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from otel_odibi import names
+from otel_odibi.exporters.columns import MAP, TEXT, TIME
+from otel_odibi.exporters.tables import SCHEMAS
 from otel_odibi.names import CANCELLED, FAILURE, LOST, SKIPPED, SUCCESS
-from otel_odibi.store.facts import FACTS, TEXT, among, begins, with_facts
-from otel_odibi.store.parquet import TIME, Part
+from otel_odibi.store.facts import FACTS, among, begins, with_facts
+from otel_odibi.store.parquet import Part
 
 RUNNING: Final = "running"
 NODE: Final = names.NODE_SPAN.format(name="")
 PIPELINE: Final = names.PIPELINE_SPAN.format(name="")
 NEEDED: Final = ("Timestamp", "TraceId", "SpanId", "SpanName")
 """Columns without which a file holds no spans."""
-_MAP: Final = pa.map_(TEXT, TEXT)
-_EVENT: Final = pa.struct([("Timestamp", TIME), ("Name", TEXT), ("Attributes", _MAP)])
 
 
 def _schema(**columns: Any) -> pa.Schema:
@@ -27,11 +27,11 @@ def _schema(**columns: Any) -> pa.Schema:
     return pa.schema(list(columns.items()))
 
 
-SPANS: Final = _schema(
-    Timestamp=TIME, TraceId=TEXT, SpanId=TEXT, ParentSpanId=TEXT, SpanName=TEXT, ServiceName=TEXT, SpanAttributes=_MAP,
-    Duration=pa.uint64(), StatusCode=TEXT, StatusMessage=TEXT, Events=pa.list_(_EVENT),
-    Links=pa.list_(pa.struct([("TraceId", TEXT), ("SpanId", TEXT)])),
+_VIEWED: Final = (
+    "Timestamp", "TraceId", "SpanId", "ParentSpanId", "SpanName", "ServiceName", "SpanAttributes", "Duration",
+    "StatusCode", "StatusMessage", "Events", "Links",
 )  # fmt: skip
+SPANS: Final = pa.schema([SCHEMAS["spans"].field(name) for name in _VIEWED])
 """What of a span the store makes views of."""
 RUN_COLUMNS: Final = tuple(name for name in SPANS.names if name not in ("ParentSpanId", "Links", "Events"))
 EXECUTIONS: Final = _schema(
@@ -61,13 +61,13 @@ class Asked:
     def __init__(
         self, pipeline: str = "", node: str = "", runs: Collection[str] | None = None, since_ns: int | None = None
     ) -> None:
-        self.since_ns, self._name, self._runs = since_ns, NODE + node if node else "", runs
+        self.since_ns, self.span_name, self._runs = since_ns, NODE + node if node else "", runs
         texts = {"pipeline": [pipeline] if pipeline else None, "node": [node] if node else None, "run_id": runs}
         self._texts = {name: chosen for name, chosen in texts.items() if chosen is not None}
 
     def of(self, part: Part, wanted: Sequence[str]) -> pa.Table | None:
         """Return the executions in a row group, as columns of EXECUTIONS in which words are dictionaries."""
-        if not part.may_hold("SpanName", self._name) or not part.may_mention(self._runs):
+        if not part.may_mention(self._runs):
             return None
         more = {_COLUMNS[name] for name in wanted if name in _COLUMNS} | ({"Timestamp"} if self.since_ns else set())
         columns = ["SpanName", "SpanAttributes", "StatusCode", "Duration", *sorted(more)]
@@ -116,7 +116,7 @@ def plain(table: pa.Table) -> pa.Table:
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:
-    return TEXT if pa.types.is_dictionary(kind) else _MAP if pa.types.is_map(kind) else kind
+    return TEXT if pa.types.is_dictionary(kind) else MAP if pa.types.is_map(kind) else kind
 
 
 def _outcome(stated: pa.ChunkedArray, status: pa.ChunkedArray) -> Any:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import orjson
 import pyarrow as pa
 
 from otel_odibi import names
+from otel_odibi.exporters.columns import MAP, TEXT
 from otel_odibi.facts import Failure
 from otel_odibi.names import FAILURE, SUCCESS
 
 T = TypeVar("T")
-MAP: Final = pa.map_(pa.string(), pa.string())
 
 
 class AttemptView(NamedTuple):
@@ -101,7 +101,7 @@ class Active(NamedTuple):
 
 def as_rows(table: pa.Table) -> list[dict[str, Any]]:
     """Return spans as rows. Times become integers, as there is no exact Python type for them."""
-    event = pa.struct([("Timestamp", pa.int64()), ("Name", pa.string()), ("Attributes", MAP)])
+    event = pa.struct([("Timestamp", pa.int64()), ("Name", TEXT), ("Attributes", MAP)])
     casts = {"Timestamp": pa.int64(), "Events": pa.list_(event)}
     for number, name in enumerate(table.column_names):
         if name in casts:
