@@ -7,7 +7,7 @@ import gc
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from types import TracebackType
@@ -79,6 +79,7 @@ class Call:
         "_attributes",
         "_began",
         "_ended",
+        "_error",
         "_outer",
         "_rt",
         "_saved",
@@ -99,6 +100,7 @@ class Call:
         self._started: Any = None
         self._began = 0
         self._ended = False
+        self._error: BaseException | None = None
         self._attributes: dict[str, Any] | None = None
         self._outer: Call | None = None
         self._tokens: tuple[Any, Any] | None = None
@@ -123,6 +125,13 @@ class Call:
     def event(self, /, name: str, **attributes: Any) -> None:
         """Add an event to the span. Secrets are redacted. Never raises."""
         self.span.add_event(clean_name(name), self._clean(attributes), self._live.clock())
+
+    @harmless
+    def fail(self, error: BaseException | None) -> None:
+        """End as if `error` was raised, whatever is: for work that returns its failures. None is none. Never raises."""
+        if not isinstance(error, (BaseException, type(None))):
+            raise TypeError(f"fail() takes an exception, not {error!r}; give it one")
+        self._error = error
 
     @property
     def _live(self) -> Runtime:
@@ -199,11 +208,11 @@ class Call:
         rt, self._saved = self._rt, None
         try:
             if rt is not None:
-                self._end(rt, exc, result)
+                self._end(rt, exc if self._error is None else self._error, result)
         except Exception as error:  # noqa: BLE001 - telemetry never harms
             self._live.on_error("finish", error)
         finally:
-            self._ended = True
+            self._ended, self._error = True, None
             self.leave()
 
     def _end(self, rt: Runtime, exc: BaseException | None, result: object) -> None:
@@ -371,10 +380,21 @@ class Node(Call):
         measured, edges = inputs_of(self._live, (value,), {})
         stated = _count(rows)
         self._rows_in = _sum(self._rows_in, measured if stated is None else stated)
-        for edge in edges:
-            if edge not in self._edges:
-                self._edges = (*self._edges, edge)
+        self.after(edges)
+
+    @harmless
+    def after(self, producers: Iterable[Edge]) -> None:
+        """Depend on further executions of nodes, or on nodes by name where an edge has no span. Never raises."""
+        new = [edge for edge in producers if edge not in self._edges]
+        self._edges = (*self._edges, *new)
+        for edge in new:
+            if edge.span_id:
                 self.span.add_link(span_context(edge))
+
+    @property
+    def edge(self) -> Edge | None:
+        """What those who depend on this execution depend on; None where nothing is recorded."""
+        return self._edge
 
     @harmless
     def cache(self, hit: bool, key: object = None) -> None:
@@ -389,12 +409,13 @@ class Node(Call):
         """Give this execution the outcome `skipped`, unless it raises. It then records no duration. Never raises."""
         self._skipped = reason
 
-    def attempt(self) -> Attempt:
+    def attempt(self, number: int = 0) -> Attempt:
         """Return a context manager around one attempt of a retried node. Works inside any retry library.
 
-        A first attempt that succeeds leaves no span; once it fails, every attempt is a child span `attempt {n}`.
+        A first attempt that succeeds leaves no span; once it fails, every attempt is a child span `attempt {n}`. They
+        are counted here; `number` is for those of which earlier ones were made elsewhere.
         """
-        return Attempt(self)
+        return Attempt(self, number)
 
     @harmless
     def yielded(self, item: object) -> None:
@@ -487,19 +508,25 @@ def span_context(edge: Edge) -> SpanContext:
 class Attempt:
     """One attempt of a node; made by `Node.attempt()`. `number` counts from 1. Exceptions pass untouched."""
 
-    __slots__ = ("_began", "_node", "_span", "_start", "_token", "number")
+    __slots__ = ("_began", "_error", "_node", "_span", "_start", "_token", "_told", "number")
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, number: int = 0) -> None:
         self._node = node
+        self._error: BaseException | None = None
         self._span: Span | None = None
         self._token: Any = None
         self._start = self._began = 0
+        self._told = number
         self.number = 0
+
+    def fail(self, error: BaseException | None) -> None:
+        """End as if `error` was raised, as `Node.fail` does."""
+        self._error = error
 
     def __enter__(self) -> Self:
         node = self._node
         if node is not NO_NODE:  # which all that is not recorded shares
-            node._attempts += 1
+            node._attempts = self._told or node._attempts + 1
         self.number = node._attempts
         if node._rt is not None:
             try:
@@ -512,7 +539,7 @@ class Attempt:
         rt = self._node._rt
         if rt is not None:
             try:
-                self._close(rt, exc)
+                self._close(rt, exc if self._error is None else self._error)
             except Exception as error:  # noqa: BLE001
                 rt.on_error("attempt", error)
 

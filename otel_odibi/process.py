@@ -93,11 +93,17 @@ def _begin(
                 _recover(telemetry)
         else:
             runtime.activate(None, disabled=True)
-        atexit.register(telemetry.shutdown)
         _current = telemetry
+        atexit.unregister(_end)
+        atexit.register(_end)
     _end_well_on_sigterm()
     _end_well_in_multiprocessing()
     return telemetry
+
+
+def current() -> Telemetry | None:
+    """Return what the last `configure()` of this process has made, None before the first."""
+    return _current
 
 
 def configure_worker(settings: bytes) -> None:
@@ -174,6 +180,15 @@ def _terminated(number: int, frame: FrameType | None) -> None:
     os.kill(os.getpid(), number)
 
 
+def _end() -> None:
+    """Shut down as the process ends, which SIGTERM does not hasten: a pool tells its workers to end in both ways."""
+    with contextlib.suppress(ValueError, OSError):  # not the main thread
+        if signal.getsignal(signal.SIGTERM) is _terminated:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if _current is not None:
+        _current.shutdown()
+
+
 def _end_well_in_multiprocessing() -> None:
     """Have a child of `multiprocessing` end its telemetry: forked ones leave by `os._exit`, past atexit."""
     children = sys.modules.get("multiprocessing.process")
@@ -189,10 +204,8 @@ def _end_worker() -> None:
         return
     if any(not thread.daemon and thread is not this for thread in threading.enumerate()):
         telemetry.flush(telemetry.settings.exit_timeout)  # the process waits for them yet: they may have more to tell
-        return
-    if signal.getsignal(signal.SIGTERM) is _terminated:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a pool's end is told to its workers in two ways at once
-    telemetry.shutdown()
+    else:
+        _end()
 
 
 def _in_child() -> None:

@@ -55,7 +55,8 @@ class Scope(Generic[C]):
     def _inputs_of_block(self) -> Sequence[object]:
         return ()
 
-    def _begin(self, args: Sequence[object], kwargs: Mapping[str, object]) -> C | None:
+    def begin(self, args: Sequence[object], kwargs: Mapping[str, object]) -> C | None:
+        """Open a call with these inputs, which is current until its `finish`. None where nothing is recorded."""
         rt = live()
         if rt is None:
             return None
@@ -66,7 +67,7 @@ class Scope(Generic[C]):
             return None
 
     def __enter__(self) -> C:
-        call = self._begin(self._inputs_of_block(), _NOTHING)
+        call = self.begin(self._inputs_of_block(), _NOTHING)
         if call is None:
             outer = innermost()
             call = self._idle(outer)
@@ -109,7 +110,7 @@ class Scope(Generic[C]):
             return cast(F, type(target)(self(target.__func__)))
         if not callable(target) or isinstance(target, type):
             raise TypeError(f"node and pipeline decorate functions, not {target!r}")
-        return cast(F, wrap(fn, self._named(*_names_of(fn))._begin))
+        return cast(F, wrap(fn, self._named(*_names_of(fn)).begin))
 
 
 def _names_of(fn: Callable[..., Any]) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from opentelemetry.trace import StatusCode
 
 import otel_odibi as oo
 from otel_odibi.calls import MAX_REMEMBERED_NODES, NO_NODE, NO_RUN
+from otel_odibi.facts import Edge
 from otel_odibi.testing import Capture
 
 SECOND = 10**9
@@ -46,6 +47,17 @@ def test_the_result_of_a_function_is_measured(odibi_capture: Capture) -> None:
     assert (line["row_count"], line["rows_out"], line["bytes_out"], line["columns"]) == (3, 3, 48, ["a", "b"])
     assert odibi_capture.metric("odibi.node.rows", node="read", direction="out") == 3
     assert odibi_capture.metric("odibi.node.throughput", node="read", layer="l") == 1.5
+
+
+def test_what_a_node_depends_on_may_be_told(odibi_capture: Capture) -> None:
+    """By the edge of another execution, or by name alone; what it knows already is told once."""
+    with oo.node("first") as first, oo.node("n") as n:
+        n.after([first.edge, Edge("far", 0, 0)])
+        n.after([first.edge])
+    span = odibi_capture.node("n")
+    assert [link.context.span_id for link in span.links] == [odibi_capture.node("first").context.span_id]
+    assert span.attributes["odibi.node.depends_on"] == ("first", "far")
+    assert NO_NODE.edge is None
 
 
 def test_outputs_of_a_block_add_up(odibi_capture: Capture) -> None:
@@ -155,6 +167,37 @@ def test_a_node_that_skips_itself_and_then_fails(odibi_capture: Capture) -> None
     attributes = odibi_capture.node("n").attributes
     assert attributes["odibi.node.outcome"] == "failure"
     assert "odibi.node.skip.reason" not in attributes
+
+
+def test_work_that_returns_its_failure(odibi_capture: Capture) -> None:
+    """A run, a node, or an attempt ends as if what it was told of had been raised, whatever is raised besides."""
+    bad = ValueError("bad")
+    with oo.pipeline("p") as run:
+        with oo.node("n") as n:
+            for number in (1, 2):
+                with n.attempt() as attempt:
+                    attempt.fail(bad if number == 1 else None)
+            n.skip("nothing new")
+            n.fail(bad)
+        with contextlib.suppress(LookupError), oo.node("wrapped") as wrapped:
+            wrapped.fail(bad)
+            raise LookupError("bad input")
+        run.fail(bad)
+    spans = [odibi_capture.span(name) for name in ("pipeline p", "node n", "node wrapped", "attempt 1")]
+    assert [span.attributes["error.type"] for span in spans] == 4 * ["ValueError"]
+    assert {span.status.status_code for span in spans} == {StatusCode.ERROR}
+    assert odibi_capture.span("attempt 2").attributes["odibi.node.outcome"] == "success"
+    assert [line["status"] for line in odibi_capture.logs[-1:]] == ["failed"]
+
+
+def test_a_failure_that_is_taken_back_or_none(odibi_capture: Capture) -> None:
+    """It ends as it would have; what is no exception is a mistake of the caller's, and counted."""
+    with oo.node("n") as n:
+        n.fail(ValueError("bad"))
+        n.fail(None)
+        n.fail("bad")  # type: ignore[arg-type]
+    assert odibi_capture.node("n").attributes["odibi.node.outcome"] == "success"
+    assert odibi_capture.metric("odibi.telemetry.dropped") == 1
 
 
 def test_a_run_reports_a_node_that_was_not_run(odibi_capture: Capture) -> None:
@@ -271,6 +314,14 @@ def test_attempts_in_other_threads(odibi_capture: Capture) -> None:
             thread.join()
     node_span = odibi_capture.node("n").context
     assert [odibi_capture.span(f"attempt {number}").parent for number in (1, 2)] == [node_span] * 2
+
+
+def test_attempts_that_go_on_from_elsewhere(odibi_capture: Capture) -> None:
+    """Earlier ones were made by another process: this one says which it is."""
+    with oo.node("n") as n, n.attempt(3) as attempt:
+        assert attempt.number == 3
+    assert odibi_capture.span("attempt 3").parent == odibi_capture.node("n").context
+    assert odibi_capture.node("n").attributes["odibi.node.attempt"] == 3
 
 
 def test_a_cancelled_attempt(odibi_capture: Capture) -> None:

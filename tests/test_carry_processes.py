@@ -228,20 +228,24 @@ if __name__ == "__main__":
 def test_threads_that_outlive_a_worker_s_task(tmp_path: Path) -> None:
     """A process waits for its threads; what they do when its own function has returned is not lost either."""
     body = """
-import multiprocessing.util, time
+returned = threading.Event()
 
 def late():
-    while not multiprocessing.util._exiting:
-        time.sleep(0.01)
+    returned.wait()
     work(0)
 
 def starts():
     threading.Thread(target=oo.carry(late)).start()
 
+class Worker(multiprocessing.get_context("fork").Process):
+    def run(self):
+        super().run()
+        returned.set()
+
 if __name__ == "__main__":
     oo.configure(service_name="etl", directory=sys.argv[1])
     with oo.pipeline("p"):
-        process = multiprocessing.Process(target=oo.carry(starts))
+        process = Worker(target=oo.carry(starts))
         process.start()
         process.join()
 """

@@ -343,6 +343,14 @@ def test_hooks_of_others_that_raise_leave_nothing_open(instrumented, where):
     )
 
 
+def test_of_two_names_of_the_package_one_will_do(monkeypatch):
+    """The one that is installed; where none is, the error names the first."""
+    monkeypatch.setattr(HamiltonInstrumentor, "requires", ("no-such-package >= 1", "pytest >= 1"))
+    assert list(HamiltonInstrumentor().instrumentation_dependencies()) == ["pytest >= 1"]
+    monkeypatch.setattr(HamiltonInstrumentor, "requires", ("no-such-package >= 1", "nor-this-one"))
+    assert list(HamiltonInstrumentor().instrumentation_dependencies()) == ["no-such-package >= 1"]
+
+
 def test_nothing_is_recorded_where_nothing_is_configured(instrumented):
     """Nor is anything in the way."""
     assert len(execute(sales([ConnectionError("reset")]))["report"]) == 3

@@ -134,6 +134,49 @@ def test_a_run_is_one_trace(instrumented, runner):
     assert captured.node("read").attributes["odibi.node.rows.in"] == 4
 
 
+def test_a_runner_inside_a_pipeline(instrumented):
+    """Its nodes are those of that run."""
+    with capture() as captured, oo.pipeline("mine"):
+        SequentialRunner().run(sales([ConnectionError("reset")]), catalog())
+    assert {node.parent for node in captured.dag().values()} == {"pipeline mine"}
+
+
+def test_another_engine_inside_a_node(instrumented):
+    """A computation of Dask is part of the node that asks for it."""
+    dask = pytest.importorskip("dask")
+    from otel_odibi.integrations.dask import DaskInstrumentor
+
+    def total(raw: pd.DataFrame) -> list[int]:
+        return dask.delayed(sorted)(dask.delayed(list)([2, 1])).compute(scheduler="threads")
+
+    DaskInstrumentor().instrument()
+    try:
+        with capture() as captured:
+            ThreadRunner().run(Pipeline([node(total, "raw", "totals", name="total")]), catalog())
+    finally:
+        DaskInstrumentor().uninstrument()
+    dag = captured.dag()
+    assert dag["list"] == DagNode("success", rows=2, parent="node total")
+    assert dag["sorted"] == DagNode("success", rows=2, after=("list",), parent="node total")
+    assert dag["total"] == DagNode("success", rows=2, parent=RUN)
+    assert traces(captured) == {1}
+
+
+def test_a_run_that_is_under_way_when_it_is_switched_off(instrumented):
+    """What goes on is no longer recorded; nothing is told of it that may be wrong."""
+
+    def off(raw: pd.DataFrame) -> pd.DataFrame:
+        KedroInstrumentor().uninstrument()
+        return raw
+
+    with capture() as captured:
+        flow = Pipeline([node(off, "raw", "seen", name="off"), node(len, "seen", "count", name="len")])
+        assert SequentialRunner().run(flow, catalog())["count"].load() == 4
+    assert {name: found.outcome for name, found in captured.dag().items()} == {"off": "success"}
+    assert captured.pipeline("kedro").attributes["odibi.pipeline.outcome"] == "success"
+    KedroInstrumentor().instrument()
+
+
 def test_nodes_whose_outputs_exist_are_skipped(instrumented, tmp_path):
     """Where only missing ones are asked for."""
     rates = Kept(tmp_path / "rates")

@@ -299,7 +299,7 @@ def outcome_of(results: PipelineResults) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(
-    "broken", ["node", "pipeline", "Judged", "_error_of", "_first_error", "_left_out", "_measure", "_phases"]
+    "broken", ["node", "pipeline", "_error_of", "_first_error", "_left_out", "_measure", "_phases"]
 )
 @SERIAL_AND_PARALLEL
 def test_what_fails_in_the_integration_fails_nothing_else(broken: str, parallel: bool, monkeypatch) -> None:

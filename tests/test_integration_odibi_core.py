@@ -207,6 +207,13 @@ def test_values_of_strange_shapes_do_no_harm(odibi_capture: Capture) -> None:
     assert odibi_capture.dag()["odd"] == DagNode("success", parent=PARENT)
 
 
+def test_a_run_that_is_under_way_when_it_is_switched_off(odibi_capture: Capture) -> None:
+    """What goes on is no longer recorded; nothing is told of it that may be wrong."""
+    executor([step("off", work=OdibiCoreInstrumentor().uninstrument), step("next", "off", work=repr)]).execute()
+    assert {name: found.outcome for name, found in odibi_capture.dag().items()} == {"off": "success"}
+    OdibiCoreInstrumentor().instrument()
+
+
 def test_without_telemetry_it_runs_as_ever() -> None:
     """Nothing is configured here: results and exceptions are the same, and nothing is recorded."""
     assert len(orchestrator(shop()[:2]).run().data_map["totals"]) == 2

@@ -9,13 +9,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from operator import attrgetter
 from typing import Any, Final, NamedTuple
 
-from otel_odibi.calls import Call, Node, current_pipeline, innermost, span_context
+from otel_odibi.calls import Call, Node, current_pipeline, innermost
 from otel_odibi.facts import Edge
-from otel_odibi.integrations.engine import Engine, Function, ask
-from otel_odibi.propagate import parcel, unpacked
+from otel_odibi.integrations.engine import Engine, Function, Ticket, ask
 from otel_odibi.runtime import live
 from otel_odibi.scope import NodeScope, node, pipeline
 from otel_odibi.wrap import wrap
@@ -70,22 +68,20 @@ def _flat(keys: Any) -> list[Any]:
 class Traced:
     """A task that is a node where it is executed: called with the values it depends on, as the task itself is."""
 
-    __slots__ = ("edge", "edges", "inside", "task")
+    __slots__ = ("edge", "edges", "task", "ticket")
 
-    def __init__(self, task: Any, edges: Iterable[Edge], inside: Function) -> None:
-        self.task, self.edges, self.inside = task, tuple(edges)[:MAX_LINKS], inside
+    def __init__(self, task: Any, edges: Iterable[Edge], ticket: Ticket) -> None:
+        self.task, self.edges, self.ticket = task, tuple(edges)[:MAX_LINKS], ticket
         self.edge: Edge | None = None
 
     def __call__(self, data: dict[Any, Any]) -> Any:
-        with self.inside():
+        with self.ticket.inside():
             return _execute(self, data)
 
     def begun(self, call: Node) -> None:
         """Link the node to those it depends on; called when it has begun."""
-        new = [edge for edge in self.edges if edge not in call._edges]
-        for edge in filter(attrgetter("span_id"), new):
-            call.span.add_link(span_context(edge))
-        call._edges, self.edge = (*call._edges, *new), call._edge
+        self.edge = call.edge
+        call.after(self.edges)
         call.set(**{"dask.key": str(self.task.key)})
 
     def _work(self, data: dict[Any, Any]) -> Any:
@@ -95,7 +91,7 @@ class Traced:
 def _open(traced: Traced, data: dict[Any, Any]) -> Node | None:
     name = node_name(traced.task.key)
     scope = _scopes.get(name) or _scopes.setdefault(name, NodeScope(name, engine="dask"))
-    if (call := scope._begin(tuple(data.values()), {})) is not None:
+    if (call := scope.begin(tuple(data.values()), {})) is not None:
         ask(traced.begun, call)
     return call
 
@@ -127,19 +123,13 @@ def _same(value: Any) -> Any:
     return value
 
 
-class _Graph:
+class _Graph(Ticket):
     """A computation: which of its tasks have begun, and the spans of those that are done."""
 
     def __init__(self, call: Call, dumps: Function = _same, loads: Function = _same, **kwargs: Any) -> None:
-        self._call, self._begun, self._edges = call, set[Any](), dict[Any, Edge]()
+        super().__init__(call)
+        self._begun, self._edges = set[Any](), dict[Any, Edge]()
         self.options = {**kwargs, "dumps": _Codec(self._dump, dumps), "loads": _Codec(self._load, loads)}
-
-    def __call__(self) -> Any:
-        return self._call.inside()
-
-    def __reduce__(self) -> Any:
-        with self():
-            return functools.partial, (unpacked, parcel())
 
     def _dump(self, dumps: Function, value: Any) -> Any:
         task, data = value  # or a result and its worker, or an exception and its traceback
@@ -173,7 +163,7 @@ class _Graph:
             wanted += task.dependencies
             if not hasattr(task, "target"):
                 skipped += 1
-                with self():
+                with self.inside():
                     skip(key, task.dependencies)
 
 
@@ -181,7 +171,7 @@ def skip(key: object, dependencies: Iterable[object]) -> None:
     """Report, inside the run it belongs to, a task that was not executed, as another one has failed."""
     with node(node_name(key), depends_on=map(node_name, dependencies), engine="dask") as call:
         call.set(**{"dask.key": str(key)})
-        call.skip("not run, as the computation has failed")
+        call.skip("not reached")
 
 
 def _get_async(fn: Function) -> Function:

@@ -19,10 +19,10 @@ from distributed.diagnostics.plugin import SchedulerPlugin, WorkerPlugin
 from opentelemetry import trace
 
 from otel_odibi import names, process
-from otel_odibi.calls import Node, current_node
+from otel_odibi.calls import Attempt, Node, current_node
 from otel_odibi.facts import Edge
 from otel_odibi.integrations.dask import MAX_LINKS, MAX_SKIPPED, DaskInstrumentor, Traced, node_name, run, skip
-from otel_odibi.integrations.engine import Engine, Function, ask
+from otel_odibi.integrations.engine import Engine, Function, Ticket, ask
 from otel_odibi.propagate import parcel, unpacked
 from otel_odibi.runtime import live
 
@@ -107,8 +107,9 @@ def begin(settings: bytes) -> None:
 
 def flush() -> None:
     """Write and send what was recorded so far."""
-    if process._current is not None:
-        process._current.flush(SECONDS_TO_CLOSE)
+    telemetry = process.current()
+    if telemetry is not None:
+        telemetry.flush(SECONDS_TO_CLOSE)
 
 
 class _Remote(Traced):
@@ -117,8 +118,7 @@ class _Remote(Traced):
     def __init__(self, task: Any, state: Any, told: dict[str, Any]) -> None:
         known = [Edge(name, int(trace_id, 16), span_id) for name, trace_id, span_id in told.get(PRODUCERS, {}).values()]
         unknown = {node_name(key) for key in task.dependencies} - {edge.node for edge in known}
-        inside = functools.partial(unpacked, told.get(CONTEXT, b""))
-        super().__init__(task, (*known, *(Edge(name, 0, 0) for name in unknown)), inside)
+        super().__init__(task, (*known, *(Edge(name, 0, 0) for name in unknown)), Ticket(told.get(CONTEXT, b"")))
         self._state, self._attempt = state, told.get(ATTEMPT, 1) if told.get("retries") else 0
 
     def begun(self, call: Node) -> None:
@@ -126,19 +126,18 @@ class _Remote(Traced):
         if self.edge is not None:
             name, trace_id, span_id = self.edge
             self._state.metadata[CONTEXT] = [name, trace.format_trace_id(trace_id), span_id]
-        if self._attempt:
-            call._attempts = self._attempt - 1  # those before were made as nodes of their own, by whatever worker
 
     def _work(self, data: dict[Any, Any]) -> Any:
         if not self._attempt:
             return self.task(data)
+        attempt = current_node().attempt(self._attempt)  # those before were nodes of their own, on whatever worker
         if self.task.is_coro:
-            return self._attempted(data)
-        with current_node().attempt():
+            return self._attempted(attempt, data)
+        with attempt:
             return self.task(data)
 
-    async def _attempted(self, data: dict[Any, Any]) -> Any:
-        with current_node().attempt():
+    async def _attempted(self, attempt: Attempt, data: dict[Any, Any]) -> Any:
+        with attempt:
             return await self.task(data)
 
 

@@ -1,17 +1,6 @@
 """What every integration is made of: advice around an engine's functions, given and taken back without a trace.
 
-    class AcmeInstrumentor(Engine):
-        requires = ("acme >= 2",)
-
-        def install(self) -> None:
-            from acme.runner import Runner
-            self.around(Runner, "run", _run)
-
-    def _run(runner, flow, *args, **kwargs):
-        with pipeline(flow.name):
-            yield                          # the engine's function runs here; what it raises is raised here
-
-See docs/engines.md.
+The page docs/engines.md builds one from it.
 """
 
 from __future__ import annotations
@@ -22,16 +11,13 @@ import logging
 import sys
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import TracebackType
 from typing import Any, ClassVar, Final, TypeVar
 
-from opentelemetry.instrumentation.dependencies import get_dependency_conflicts
 from opentelemetry.instrumentation.instrumentor import BaseInstrumentor  # type: ignore[attr-defined]
-from typing_extensions import Self
 from wrapt import register_post_import_hook
 
 from otel_odibi import names
-from otel_odibi.calls import Node, Run, current_pipeline, inputs_of
+from otel_odibi.calls import Call, Node, Run, current_pipeline, inputs_of
 from otel_odibi.propagate import parcel, unpacked
 from otel_odibi.runtime import live
 
@@ -53,11 +39,7 @@ class Engine(BaseInstrumentor):  # type: ignore[misc]  # untyped there
     changed is put back, and one warning says so. Neither method raises. One instance a class in a process.
     """
 
-    requires: ClassVar[tuple[str, ...]] = ()
-    """Requirements as pip reads them, all of which have to be met."""
-    any_of: ClassVar[tuple[str, ...]] = ()
-    """Requirements of which one has to be met, for an engine that is published under several names."""
-
+    requires: ClassVar[tuple[str, ...]] = ()  # as pip reads it
     _undo: list[Callable[[], None]]
 
     def install(self) -> None:
@@ -66,8 +48,7 @@ class Engine(BaseInstrumentor):  # type: ignore[misc]  # untyped there
 
     def instrumentation_dependencies(self) -> Collection[str]:
         """Return what has to be installed for this to be of use."""
-        met = next((one for one in self.any_of if get_dependency_conflicts([one]) is None), None)
-        return (*self.requires, *(self.any_of[:1] if met is None else [met]))
+        return self.requires
 
     def _instrument(self, **kwargs: Any) -> None:
         self._undo = []
@@ -76,7 +57,7 @@ class Engine(BaseInstrumentor):  # type: ignore[misc]  # untyped there
     def _uninstrument(self, **kwargs: Any) -> None:
         changes, self._undo = self._undo, []
         while changes:
-            changes.pop()()
+            ask(changes.pop())
 
     def _try(self, change: Callable[[], None]) -> None:
         try:
@@ -128,7 +109,9 @@ def ask(fn: Callable[..., T], *args: Any, default: T | None = None) -> T | None:
     try:
         return fn(*args)
     except Exception as exc:  # noqa: BLE001 - telemetry never harms
-        _report(exc)
+        rt = live()
+        if rt is not None:
+            rt.on_error("integration", exc)
         return default
 
 
@@ -146,55 +129,28 @@ def take(call: Node, inputs: Sequence[object]) -> None:
 
 
 class Ticket:
-    """A run, for those who work on a part of it: the run itself in a thread, its parcel in the process it is sent to.
+    """A run or node, or the parcel of one, for those who do a part of its work in other threads and processes.
 
-    Made where the run is at hand. Thread-safe; can be pickled.
+    `with ticket.inside():` makes it current for a block. Where it is pickled to, it is of the parcel, and whatever else
+    a subclass holds has stayed at home. Thread-safe.
     """
 
-    def __init__(self, run: Run) -> None:
-        with run.inside():
-            self._parcel = parcel()
-        self.run: Run | None = run
+    def __init__(self, of: Call | bytes) -> None:
+        self.inside: Callable[[], AbstractContextManager[None]]
+        self.inside = functools.partial(unpacked, of) if isinstance(of, bytes) else of.inside
 
     def __getstate__(self) -> bytes:
-        return self._parcel
+        with self.inside():
+            return parcel()
 
     def __setstate__(self, parcel: bytes) -> None:
-        self._parcel, self.run = parcel, None
-        with unpacked(parcel):  # which configures a process where nothing is, so that `begin` finds it live
+        Ticket.__init__(self, parcel)
+        with self.inside():  # which configures a process where nothing is, so that `begin` finds it live
             pass
-
-    def inside(self) -> AbstractContextManager[None]:
-        """Make the run current for a block."""
-        return unpacked(self._parcel) if self.run is None else self.run.inside()
-
-
-class Judged:
-    """A pipeline, node or attempt of an engine that returns failures, or wraps them.
-
-        with Judged(node("join")) as judged:
-            result = yield
-            judged.error = result.error
-
-    It ends as if `error`, where set, had been raised. `call` is the run, node or attempt itself.
-    """
-
-    def __init__(self, scope: Any) -> None:
-        self.error: BaseException | None = None
-        self.call: Any = None
-        self._scope = scope
-
-    def __enter__(self) -> Self:
-        self.call = self._scope.__enter__()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
-        exc, self.error = self.error or exc, None
-        self._scope.__exit__(None if exc is None else type(exc), exc, tb)
 
 
 class Runs:
-    """The runs under way, each by the object of its engine that is at hand in a pool's threads too. Thread-safe."""
+    """The runs under way, each by an object of its engine that is at hand in a pool's threads too. Thread-safe."""
 
     def __init__(self) -> None:
         self._runs: dict[int, tuple[Run, Any]] = {}
@@ -202,17 +158,18 @@ class Runs:
     @contextmanager
     def hold(self, owner: object, run: Run, note: Any = None) -> Iterator[None]:
         """Have `join(owner)` find `run`, and what is noted of it, for the time of a block."""
-        self._runs[id(owner)] = run, note
+        held = self._runs[id(owner)] = run, note
         try:
             yield
         finally:
-            self._runs.pop(id(owner), None)
+            if self._runs.get(id(owner)) is held:  # not the run that another thread has begun of it meanwhile
+                self._runs.pop(id(owner), None)
 
     @contextmanager
     def join(self, owner: object) -> Iterator[Any]:
-        """Make the run current where none is, as in a thread of a pool; give what is noted of it, or None."""
+        """Make the run current where it is not, as in a thread of a pool; give what is noted of it, or None."""
         run, note = self._runs.get(id(owner), (None, None))
-        with nullcontext() if run is None or current_pipeline() else run.inside():
+        with nullcontext() if run is None or current_pipeline() is run else run.inside():
             yield note
 
 
@@ -248,17 +205,7 @@ def _advised(fn: Function, advice: Advice) -> Function:
 
 def begin(advice: Advice, /, *args: Any, **kwargs: Any) -> Advised | None:
     """Run `advice` up to its `yield`, for an engine that calls hooks before and after; its rest is run by `end`."""
-    if live() is None:
-        return None
-    try:
-        work = advice(*args, **kwargs)
-        next(work)
-    except StopIteration:
-        return None
-    except Exception as exc:  # noqa: BLE001 - telemetry never harms
-        _report(exc)
-        return None
-    return work
+    return None if live() is None else ask(_first_half, advice, args, kwargs)
 
 
 def end(work: Advised | None, result: object = None, error: BaseException | None = None) -> None:
@@ -271,23 +218,23 @@ def end(work: Advised | None, result: object = None, error: BaseException | None
 
 
 def _finish(work: Advised | None, result: object, error: BaseException | None) -> None:
-    trace = None if error is None else error.__traceback__
-    try:
-        if work is not None:
-            work.send(result) if error is None else work.throw(error)
-    except StopIteration:
-        pass
-    except BaseException as exc:
-        if exc is not error and not isinstance(exc, Exception):
-            raise
-        if exc is not error:
-            _report(exc)
-    finally:
+    if work is not None:
+        trace = None if error is None else error.__traceback__
+        ask(_second_half, work, result, error)
         if error is not None:
             error.__traceback__ = trace
 
 
-def _report(exc: BaseException) -> None:
-    rt = live()
-    if rt is not None:
-        rt.on_error("integration", exc)
+def _first_half(advice: Advice, args: Any, kwargs: Any) -> Advised | None:
+    work = advice(*args, **kwargs)
+    return None if next(work, _ABSENT) is _ABSENT else work
+
+
+def _second_half(work: Advised, result: object, error: BaseException | None) -> None:
+    try:
+        work.send(result) if error is None else work.throw(error)
+    except StopIteration:
+        pass
+    except BaseException as exc:
+        if exc is not error and not (isinstance(error, StopIteration) and exc.__cause__ is error):  # as Python turns it
+            raise

@@ -7,7 +7,7 @@ one: `driver.Builder().with_adapters(HamiltonTracker())`. See docs/hamilton.md.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from hamilton.async_driver import AsyncGraphAdapter
 from hamilton.caching.adapter import HamiltonCacheAdapter
 from hamilton.lifecycle import base
+from opentelemetry.instrumentation.dependencies import get_dependency_conflicts
 
 from otel_odibi.calls import Node, Run
 from otel_odibi.integrations.engine import Advised, Engine, Ticket, ask, begin, end, engine_of, take
@@ -25,7 +26,12 @@ from otel_odibi.wrap import wrap
 class HamiltonInstrumentor(Engine):
     """Gives a `HamiltonTracker` to every driver built from now on; after `uninstrument()` that one records nothing."""
 
-    any_of = ("apache-hamilton >= 1.88", "sf-hamilton >= 1.88")
+    requires = ("apache-hamilton >= 1.88", "sf-hamilton >= 1.88")  # two names of one package
+
+    def instrumentation_dependencies(self) -> Collection[str]:
+        """Return the name by which it is installed."""
+        met = [name for name in self.requires if get_dependency_conflicts([name]) is None]
+        return met or self.requires[:1]
 
     def install(self) -> None:
         """Change how sets of adapters are made, of which every driver has one."""
@@ -51,19 +57,22 @@ class _Execution(Ticket):
         self.executor = next(iter(graph.adapter.sync_methods.get("do_node_execute", ())), None)
         self.started: set[str] = set()
 
-    def start(self, step: Any, args: Any = (), inputs: Any = None) -> Node:
-        if self.run is not None:
-            self.started.add(step.name)
+    def __setstate__(self, parcel: bytes) -> None:
+        super().__setstate__(parcel)
+        self.executor, self.started = None, set()
+
+    def start(self, step: Any, args: Any, inputs: dict[str, Any]) -> Node:
+        self.started.add(step.name)
         needs = [needed.name for needed in step.dependencies if not needed.user_defined]
         scope = node(step.name, layer=step.tags.get("layer", ""), engine=engine_of(step.type), depends_on=needs)
         call = scope.__enter__()
-        take(call, list((inputs or {}).values()))
+        take(call, list(inputs.values()))
         return call
 
     def skip(self, steps: Iterable[Any], reason: str) -> None:
         for step in steps:
             if not step.user_defined and step.name not in self.started:
-                call = self.start(step)
+                call = self.start(step, (), {})
                 call.skip(reason)
                 call.finish()
 
@@ -116,8 +125,7 @@ class HamiltonTracker(
 
 
 def _node(execution: _Execution, key: tuple[str, str, str], step: Any, inputs: Any) -> Advised:
-    executor = getattr(execution, "executor", None)
-    if isinstance(executor, AsyncGraphAdapter):  # it is called later, with inputs yet to come
+    if isinstance(execution.executor, AsyncGraphAdapter):  # it is called later, with inputs yet to come
         function = step._callable
         step._callable = wrap(function, partial(ask, execution.start, step))
         try:
@@ -132,8 +140,8 @@ def _node(execution: _Execution, key: tuple[str, str, str], step: Any, inputs: A
         except BaseException as exc:
             call.finish(exc)
             raise
-        if isinstance(executor, HamiltonCacheAdapter):
-            ask(_looked_up, executor, *key, call)
+        if isinstance(execution.executor, HamiltonCacheAdapter):
+            ask(_looked_up, execution.executor, *key, call)
         call.finish(None, result)
 
 

@@ -12,11 +12,11 @@ from contextlib import nullcontext, suppress
 from contextvars import ContextVar
 from typing import Any, Final, get_type_hints
 
-from otel_odibi.calls import Node, Run, current_node
+from otel_odibi.calls import Node, Run, current_node, innermost
 from otel_odibi.integrations.engine import LIBRARIES, Advised, Engine, Ticket, ask, engine_of, take
 from otel_odibi.scope import PipelineScope, node
 
-_here: Final[ContextVar[Run | _Execution | None]] = ContextVar("otel_odibi_kedro", default=None)
+_here: Final[ContextVar[_Execution | None]] = ContextVar("otel_odibi_kedro", default=None)
 
 
 class KedroInstrumentor(Engine):
@@ -75,16 +75,12 @@ def _session(session: Any, *args: Any, **kwargs: Any) -> Advised:
 
     asked = inspect.signature(type(session).run).bind(session, *args, **kwargs).arguments
     chosen = asked.get("pipeline_names") or [asked.get("pipeline_name")]
-    with PipelineScope(",".join(filter(None, chosen)) or project.PACKAGE_NAME or session._project_path.name) as run:
-        token = _here.set(run)
-        try:
-            yield
-        finally:
-            _here.reset(token)
+    with PipelineScope(",".join(filter(None, chosen)) or project.PACKAGE_NAME or session._project_path.name):
+        yield
 
 
 def _run(runner: Any, pipeline: Any, catalog: Any, *args: Any, **kwargs: Any) -> Advised:
-    begun, skipped = _here.get(), "its outputs exist"
+    begun, skipped = innermost(), "its outputs exist"  # a session's run, or the user's own
     with nullcontext(begun) if isinstance(begun, Run) else PipelineScope("kedro") as run:
         execution = _Execution(run, pipeline)
         token = _here.set(execution)
@@ -95,7 +91,8 @@ def _run(runner: Any, pipeline: Any, catalog: Any, *args: Any, **kwargs: Any) ->
             raise
         finally:
             _here.reset(token)
-            for step in execution.left.values():
+            seen = KedroInstrumentor().is_instrumented_by_opentelemetry  # still: else what began is not known
+            for step in execution.left.values() if seen else ():
                 with node(step.name, **execution.about(step, catalog)) as call:
                     call.skip(skipped)
 
@@ -103,7 +100,7 @@ def _run(runner: Any, pipeline: Any, catalog: Any, *args: Any, **kwargs: Any) ->
 def _handed_out(task: Any, *args: Any, **kwargs: Any) -> Advised:
     yield
     execution = _here.get()
-    if isinstance(execution, _Execution):
+    if execution is not None:
         execution.left.pop(task.node.name, None)
         vars(task)["_otel_odibi"] = execution, execution.about(task.node, task.catalog)
 

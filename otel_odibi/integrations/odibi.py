@@ -11,6 +11,7 @@ ends at five seconds, makes room for `odibi.node.duration`. See docs/odibi.md.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
@@ -18,8 +19,8 @@ from opentelemetry.trace import Span
 
 from otel_odibi import names
 from otel_odibi.calls import Node, Run, current_node, innermost
-from otel_odibi.integrations.engine import Advised, Engine, Judged, Runs, ask
-from otel_odibi.scope import node, pipeline
+from otel_odibi.integrations.engine import Advised, Engine, Runs, ask
+from otel_odibi.scope import NodeScope, node, pipeline
 
 MAX_WRAPPED: Final = 8
 """Exceptions around the original one that are looked through."""
@@ -57,36 +58,32 @@ def _project(manager: Any, pipelines: Any = None, *args: Any, **kwargs: Any) -> 
     chosen = list(manager._pipelines) if pipelines is None else pipelines
     if isinstance(chosen, str) or len(chosen) < 2:
         return
-    with Judged(pipeline(manager.project_config.project)) as judged:
+    with pipeline(manager.project_config.project) as run:
         results = yield
-        judged.error = ask(_first_error, list(results.values()))
+        run.fail(ask(lambda: _first_error(results.values())))
 
 
 def _run(flow: Any, *args: Any, tag: Any = None, node: Any = None, **kwargs: Any) -> Advised:
-    with Judged(pipeline(flow.config.pipeline)) as judged:
-        with _runs.hold(flow.context, judged.call, flow.config.layer or ""):
-            results = yield
-        judged.error = ask(_first_error, [results])
-        ask(_left_out, flow, judged.call, results, bool(tag or node))
-        ask(_story, judged.call, results)
+    with pipeline(flow.config.pipeline) as run, _runs.hold(flow.context, run, flow.config.layer or ""):
+        results = yield
+        run.fail(ask(_first_error, [results]))
+        ask(_left_out, flow, run, results, bool(tag or node))
+        ask(_story, run, results)
 
 
 def _node(step: Any, *args: Any, **kwargs: Any) -> Advised:
-    config = step.config
-    with _runs.join(step.context) as layer:
-        scope = node(config.name, layer=layer or "", engine=step.engine.name, depends_on=config.depends_on)
-        with Judged(scope) as judged:
-            result = yield
-            judged.error = ask(_error_of, result)
-            ask(_measure, judged.call, step, result)
+    with _runs.join(step.context) as layer, _scope(step.config, step, layer or "") as call:
+        result = yield
+        call.fail(ask(_error_of, result))
+        ask(_measure, call, step, result)
 
 
 def _attempt(executor: Any, *args: Any, **kwargs: Any) -> Advised:
     call = current_node()
-    with Judged(call.attempt()) as judged:
+    with call.attempt() as attempt:
         result = yield
-        judged.error = ask(_error_of, result)
-        ask(_phases, call, judged.call.number, result)
+        attempt.fail(ask(_error_of, result))
+        ask(_phases, call, attempt.number, result)
 
 
 def _alert(config: Any, message: str, context: Any, *args: Any, **kwargs: Any) -> Advised:
@@ -94,6 +91,10 @@ def _alert(config: Any, message: str, context: Any, *args: Any, **kwargs: Any) -
     call = innermost()
     if call is not None:
         call.event(names.ALERT, event_type=context.get("event_type", ""), channel=config.type.value, sent=bool(sent))
+
+
+def _scope(config: Any, owner: Any, layer: str) -> NodeScope:
+    return node(config.name, layer=layer, engine=owner.engine.name, depends_on=config.depends_on)
 
 
 def _error_of(result: Any) -> BaseException | None:
@@ -109,7 +110,7 @@ def _error_of(result: Any) -> BaseException | None:
     return error
 
 
-def _first_error(results: list[Any]) -> BaseException | None:
+def _first_error(results: Iterable[Any]) -> BaseException | None:
     for found in results:
         for name in found.failed:
             result = found.node_results.get(name)
@@ -119,16 +120,16 @@ def _first_error(results: list[Any]) -> BaseException | None:
 
 def _left_out(flow: Any, run: Run, results: Any, chosen: bool) -> None:
     """Report the nodes that were never begun; where some were chosen by name or tag, those that odibi tells of."""
-    for config in flow.graph.nodes.values():
+    seen = OdibiInstrumentor().is_instrumented_by_opentelemetry  # still: else what began is not known
+    for config in flow.graph.nodes.values() if seen else ():
         result = results.node_results.get(config.name)
         if run.last(config.name).span_id or (result is None and chosen):
             continue
-        scope = node(config.name, layer=flow.config.layer or "", engine=flow.engine.name, depends_on=config.depends_on)
-        with Judged(scope) as judged:
+        with _scope(config, flow, flow.config.layer or "") as call:
             if result is None or result.metadata.get("skipped"):
-                judged.call.skip("not reached" if result is None else str(result.metadata.get("reason") or ""))
+                call.skip("not reached" if result is None else str(result.metadata.get("reason") or ""))
             else:
-                judged.error = _error_of(result)
+                call.fail(_error_of(result))
 
 
 def _story(run: Run, results: Any) -> None:

@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from typing import Any, Final
 
 from otel_odibi.calls import Node, Run, current_node, innermost
-from otel_odibi.integrations.engine import Advised, Engine, Judged, Runs, ask
+from otel_odibi.integrations.engine import Advised, Engine, Runs, ask
 from otel_odibi.scope import NodeScope, node, pipeline
 
 PIPELINE: Final = "odibi_pipeline"
@@ -79,12 +79,12 @@ def _run_step(orchestrator: Any, step: Any) -> Advised:
 
 
 def _execute_node(executor: Any, found: Any) -> Advised:
-    with _runs.join(executor), Judged(_scope(found.step, found.dependencies)) as judged:
-        ask(_inputs, judged.call, found.step, executor.data_map)
+    with _runs.join(executor), _scope(found.step, found.dependencies) as call:
+        ask(_inputs, call, found.step, executor.data_map)
         try:
             yield
         except RuntimeError as exc:
-            judged.error = exc.__cause__
+            call.fail(exc.__cause__)
             raise
 
 
@@ -124,7 +124,8 @@ def _outputs(call: Node, step: Any, data_map: Any) -> None:
 
 def _left_out(run: Run, plan: Callable[[], list[Planned]], done: Collection[str]) -> None:
     """Report the nodes of a run that were never begun."""
-    for step, dependencies in plan():
+    seen = OdibiCoreInstrumentor().is_instrumented_by_opentelemetry  # still: else what began is not known
+    for step, dependencies in plan() if seen else ():
         if not run.last(step.name).span_id:
             with _scope(step, dependencies) as call:
                 call.skip("done before" if step.name in done else "not reached")
