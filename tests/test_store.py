@@ -215,7 +215,7 @@ def test_a_directory_without_runs(tmp_path: Path) -> None:
     opened = store.open(tmp_path)
     assert opened.summaries() == ()
     assert opened.files() == ()
-    with pytest.raises(StoreError, match=r"no finished run in .*; run a pipeline"):
+    with pytest.raises(StoreError, match=r"no run in .*; run a pipeline"):
         opened.run()
 
 

@@ -54,7 +54,7 @@ __all__ = [
 ]  # fmt: skip
 
 LAST: Final = "last"
-"""In place of a run id: the run that ended last, so never one inside another."""
+"""In place of a run id: the run that ended last, so never one inside another; where none has, one under way."""
 _AT_ONCE: Final = 60_000  # rows: less take longer, more take more memory
 _SLACK: Final = 3600 * 10**9  # by which clocks may differ
 _RUN: Final = (*tables.RUN_COLUMNS, "Events")
@@ -290,10 +290,10 @@ class Store:
         if not len(runs) and run_id != LAST:
             runs = tables.by_end(self._runs(_RUN))
         finished = runs.filter(pc.invert(among(runs["outcome"], [RUNNING])))
-        if not len(runs) or (run_id == LAST and not len(finished)):
-            raise StoreError(f"no finished run in {str(self._place)!r}; run a pipeline, or name another directory")
+        if not len(runs):
+            raise StoreError(f"no run in {str(self._place)!r}; run a pipeline, or name another directory")
         if run_id == LAST:
-            return summary_of(as_rows(finished.slice(0, 1))[0])
+            return summary_of(as_rows((finished if len(finished) else runs).slice(0, 1))[0])
         found = runs.filter(among(runs["run_id"], [run_id]))
         if not len(found):
             found = runs.filter(begins(runs["run_id"], run_id))
