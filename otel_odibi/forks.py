@@ -29,11 +29,12 @@ def after_fork(method: Callable[[], object]) -> None:
 class ForkGuard:
     """A reentrant lock that forks wait for: a child, which has a new one, is not to be made within what holds it.
 
-    All together they are waited for half a second; then `hurry` is called, which is to end what goes on.
+    All together they are waited for half a second. `close` is called before every fork, at the latest then: it is to
+    end what goes on, and leave nothing open that a child must not have.
     """
 
-    def __init__(self, hurry: Callable[[], object] = lambda: None) -> None:
-        self.hurry = hurry
+    def __init__(self, close: Callable[[], object] = lambda: None) -> None:
+        self.close = close
         self.lock = threading.RLock()
         _guards.add(self)
 
@@ -50,17 +51,19 @@ def _half_imported() -> bool:
 
 
 def _before() -> None:
-    _held.locks, deadline = [], time.monotonic() + _PATIENCE
+    _held.locks, began = [], time.monotonic()
     with suppress(Exception):  # of a Python that imports in another way
-        while _half_imported() and time.monotonic() < deadline + 3 * _PATIENCE:
+        while _half_imported() and time.monotonic() < began + 4 * _PATIENCE:
             time.sleep(0.001)
+    deadline = time.monotonic() + _PATIENCE
     for guard in list(_guards):
         with suppress(Exception):
             if not guard.lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
-                guard.hurry()
+                guard.close()
                 if not guard.lock.acquire(timeout=_PATIENCE):
                     continue
             _held.locks.append(guard.lock)
+            guard.close()
 
 
 def _in_parent() -> None:

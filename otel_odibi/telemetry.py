@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import logging
 import os
@@ -453,7 +452,6 @@ class Telemetry:
                 return
             self._closed = True
         deadline = time.monotonic() + (self.settings.exit_timeout if timeout is None else timeout)
-        atexit.unregister(self.shutdown)
         if runtime.configured() is self.runtime:
             runtime.activate(None)
             logs.activate(None)

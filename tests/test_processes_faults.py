@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from otlp_endpoint import HANG, PROTOCOLS, endpoint
-from test_processes import WAYS, check, forked
+from test_processes import check, forked
 
 pytestmark = pytest.mark.faults
 SCALE = float(os.environ.get("ODIBI_TEST_SCALE", "0.1"))
@@ -18,12 +18,12 @@ FORKS = max(20, round(200 * SCALE))
 def test_two_hundred_forks(tmp_path: Path, protocol: str) -> None:
     """No hang, nothing twice, nothing lost: in Parquet, in the log, in the `.prom` file, at the endpoint."""
     with endpoint(protocol) as collector:
-        print(f"{FORKS} forks, {protocol}: {check(forked(tmp_path, collector, FORKS, timeout=1200), collector)}")
+        print(f"{FORKS} forks, {protocol}: {check(forked(tmp_path, collector, FORKS, timeout=600), collector)}")
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_forks_while_the_endpoint_hangs_now_and_then(tmp_path: Path, protocol: str) -> None:
     """A fork in the middle of a request that does not end: it is cut after half a second, and made again."""
     with endpoint(protocol) as collector:
-        collector.then(*[HANG] * (FORKS // 10))
-        print(check(forked(tmp_path, collector, FORKS, WAYS, timeout=1200), collector))
+        collector.then(*[HANG] * (FORKS // 20))
+        print(check(forked(tmp_path, collector, FORKS, timeout=600), collector, cut=True))

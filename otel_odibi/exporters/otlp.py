@@ -93,8 +93,9 @@ class Sender:
         except ImportError:
             raise MissingExtraError(f"OTLP over {protocol}", "otlp") from None
         self.exporter = self._make(**self._options())
-        self._calling = ForkGuard(self.close)  # gRPC hangs in a child that was forked within a call
         self.attempts = _all(self.exporter, _PARTS) or _all(getattr(self.exporter, "_client", None), _HTTP_PARTS)
+        if self.attempts and not self._http:
+            self._calling = ForkGuard(self.close)  # a child may hang over a channel it inherits, more so over a call
         after_fork(self._forked)
 
     def _forked(self) -> None:
