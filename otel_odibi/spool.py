@@ -97,13 +97,14 @@ class Channel:
 
     Batches wait in memory as long as the endpoint takes them. Otherwise, or where they become too many, they go to
     disk, and new ones behind them; the thread alone tries again, after 1 s, twice that, up to 30 s, or when the
-    endpoint has asked for it. Files of other processes come first.
+    endpoint has asked for it. Files of other processes come first. A forked child that must not send puts all on disk,
+    from where its parent takes it.
     """
 
     def __init__(self, spool: Spool, sender: Sender) -> None:
         self._spool, self._sender, self.signal = spool, sender, sender.signal
         self._bytes = min(_SEGMENT, spool.share // 8)
-        self._stopped = False
+        self._stopped = sender.cut_off
         self.delivered = 0
         self._reset()
         after_fork(self._forked)
@@ -124,6 +125,7 @@ class Channel:
     def _forked(self) -> None:
         for segment in self._segments:  # the parent's: unlocking them would be for both
             os.close(segment.fd)
+        self._stopped = self._stopped or self._sender.cut_off
         self._reset()
 
     def put(self, batch: Batch) -> None:
@@ -167,6 +169,8 @@ class Channel:
 
     def stop(self, deadline: float) -> bool:
         """Deliver what waits until the deadline, and put the rest on disk; where that fails, it is lost: False."""
+        with self._changed:
+            self._adopt()  # what forked children have left
         self.flush(deadline)
         with self._changed:
             self._stopped = True
@@ -255,7 +259,7 @@ class Channel:
         """Take over the files of processes that are gone."""
         self._scan_at = time.monotonic() + _SCAN_SECONDS
         found: list[_Segment] = []
-        for path in self._files():
+        for path in () if self._stopped else self._files():
             if not self._spool.is_alive(path.name.rsplit(".", 3)[0]):
                 with contextlib.suppress(OSError):
                     if (fd := acquire(path, os.O_RDWR)) is not None:

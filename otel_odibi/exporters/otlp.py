@@ -71,8 +71,14 @@ class Answer(NamedTuple):
     items: int = 0
 
 
+_grpc_in: Final = set[int]()
+_preferred: Final = list[tuple[Any, Any]]()
+"""Of exporters of metrics that there were: for a process that must not make one."""
+
+
 class Sender:
-    """Sends the batches of one signal. `endpoint` wins over settings and environment; a forked child connects anew.
+    """Sends the batches of one signal. `endpoint` wins over settings and environment; a forked child connects anew,
+    but for gRPC, which does not survive a fork: it is `cut_off` then, and another process has to send.
 
     Without `attempts` the SDK's exporter is built differently inside, and can only be used as it is.
 
@@ -83,23 +89,35 @@ class Sender:
         self.signal, self._settings, self._endpoint = signal, settings, endpoint
         protocol = os.environ.get(f"OTEL_EXPORTER_OTLP_{signal.upper()}_PROTOCOL", "").strip() or settings.otlp_protocol
         self._http = protocol != "grpc"
-        if not self._http:  # its core would tell standard error when a server stops, and hang in a forked child
+        if not self._http:  # its core would tell standard error when a server stops, and hang in forks
             os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-            os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "1")
+            os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
         module, _, name = SIGNALS[signal][1].partition(".")
         try:
             package = import_module(f"{_PROTO}.{'http' if self._http else 'grpc'}")
             self._make = getattr(import_module(f"{package.__name__}.{module}"), name)
         except ImportError:
             raise MissingExtraError(f"OTLP over {protocol}", "otlp") from None
-        self.exporter = self._make(**self._options())
-        self.attempts = _all(self.exporter, _PARTS) or _all(getattr(self.exporter, "_client", None), _HTTP_PARTS)
+        self.exporter: Any = None
+        if not self.cut_off:
+            self.exporter = self._make(**self._options())
+            self.attempts = _all(self.exporter, _PARTS) or _all(getattr(self.exporter, "_client", None), _HTTP_PARTS)
+            if signal == "metrics":
+                _preferred.append((self.exporter._preferred_temporality, self.exporter._preferred_aggregation))
         if self.attempts and not self._http:
-            self._calling = ForkGuard(self.close)  # a child may hang over a channel it inherits, more so over a call
+            _grpc_in.add(os.getpid())
+            self._calling = ForkGuard(self.close)  # a child is not to inherit a channel, nor a call under way
         after_fork(self._forked)
 
+    attempts = True
+
+    @property
+    def cut_off(self) -> bool:
+        """Whether this process must not call gRPC, as one that it was forked from did: there it may hang for ever."""
+        return not self._http and bool(_grpc_in - {os.getpid()})
+
     def _forked(self) -> None:
-        self.exporter = None
+        self._inherited, self.exporter = self.exporter, None  # kept, as its end may hang as well
 
     def _options(self) -> dict[str, Any]:
         """Return the exporter's arguments. Variables of one signal win over the general ones.
@@ -291,8 +309,10 @@ def span_exporter(settings: Settings, spool: Outlets | None = None) -> SpanExpor
 def metric_exporter(settings: Settings, spool: Outlets | None = None) -> MetricExporter:
     """Make the metric exporter, of deltas unless the environment says else; otherwise as `span_exporter`."""
     sender = Sender(settings, "metrics")
+    if spool and sender.attempts:
+        return OtlpMetricExporter(*_preferred[-1], spool.outlet(sender))
     exporter: MetricExporter = sender.exporter
-    return OtlpMetricExporter(exporter, spool.outlet(sender)) if spool and sender.attempts else exporter
+    return exporter
 
 
 class OtlpSpanExporter(SpanExporter):
@@ -315,8 +335,8 @@ class OtlpSpanExporter(SpanExporter):
 class OtlpMetricExporter(MetricExporter):
     """Hands metrics over to be delivered, with the temporality of the SDK's exporter."""
 
-    def __init__(self, exporter: MetricExporter, put: Put) -> None:
-        super().__init__(exporter._preferred_temporality, exporter._preferred_aggregation)
+    def __init__(self, temporality: Any, aggregation: Any, put: Put) -> None:
+        super().__init__(temporality, aggregation)
         self._put = put
 
     def export(self, metrics_data: MetricsData, timeout_millis: float = 10_000, **kwargs: Any) -> MetricExportResult:
