@@ -379,13 +379,13 @@ def test_a_directory_on_s3(directory: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     query = f"endpoint_override=http://{host}:{port}&scheme=http&region=us-east-1&allow_delayed_open=true"
     try:
-        uri = f"s3://key:hidden@bucket/prefix?{query}"
-        filesystem, _ = FileSystem.from_uri(f"s3://key:hidden@bucket/?{query}&allow_bucket_creation=true")
-        filesystem.create_dir("bucket")
-        with pytest.raises(StoreError, match="no telemetry directory 's3://bucket/prefix'"):
+        uri = f"s3://key:hidden@looked-at/prefix?{query}"
+        filesystem, _ = FileSystem.from_uri(f"s3://key:hidden@looked-at/?{query}&allow_bucket_creation=true")
+        filesystem.create_dir("looked-at")  # moto keeps the buckets of other tests
+        with pytest.raises(StoreError, match="no telemetry directory 's3://looked-at/prefix'"):
             store.open(uri)
         for path in (path for path in directory.rglob("*") if path.is_file() and path.stat().st_size):
-            with filesystem.open_output_stream(f"bucket/prefix/{path.relative_to(directory).as_posix()}") as stream:
+            with filesystem.open_output_stream(f"looked-at/prefix/{path.relative_to(directory).as_posix()}") as stream:
                 stream.write(path.read_bytes())
         remote, local = store.open(uri), store.open(directory)
         assert remote.runs().equals(local.runs())
