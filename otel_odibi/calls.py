@@ -574,6 +574,8 @@ def _in_child() -> None:
     call = current.get()
     while call is not None:
         call._started = None
+        if call.run is not None:  # another thread of the parent may hold it for ever
+            call.run._lock = threading.RLock()
         call = call._outer
 
 
